@@ -1,0 +1,1 @@
+"""From the ledger's records to statistics, tables, figures and the report."""

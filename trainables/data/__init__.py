@@ -1,0 +1,1 @@
+"""One adapter a data set, splits, the decoded-image cache and the phantoms."""

@@ -1,0 +1,141 @@
+"""Settings of data set, model, optimiser, strategy, weighting, averaging and stopping.
+
+Every value the method leaves open is a typed field here, never a constant in code. The models are frozen, refuse
+unknown keys, and import no torch, so that a study is validated and planned in about a second.
+
+An *intervention* is a setting that influences the trajectory of the raw weights; an *observer* is one that does not
+(EMA, patience): rows that differ only in observers share one training run. `OBSERVER_GROUPS` says which are which.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Task = Literal["classification"]
+Depth = Annotated[int, Field(ge=1)] | Literal["all"]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """A settings group: immutable, complete, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DatasetSettings(Frozen):
+    """Which images, which classes and which split."""
+
+    name: str = Field("phantom", description="data set by name: see `launch.py list`")
+    root: str | None = Field(None, description="folder that holds the data set in its distributed layout")
+    image_size: int = Field(256, ge=16, le=2048, description="side of the square network input, px")
+    fit: Literal["crop", "squash"] = Field(
+        "crop", description="crop: shorter side to image_size, centre crop; squash: both sides to image_size"
+    )
+    split: Literal["grouped", "official"] = Field(
+        "grouped", description="grouped: our 80/10/10 over patients or lesions; official: the distributed lists"
+    )
+    split_seed: int = Field(2026, ge=0, description="fixed for the data set, apart from the training seeds")
+    drop_classes: tuple[str, ...] = Field((), description="classes left out of training and tables, by name")
+    images: int | None = Field(
+        None,
+        ge=40,
+        description="phantoms: how many to draw; other data sets: a seeded sample of whole groups of about this size",
+    )
+    hospital: int = Field(0, ge=0, description="phantoms: seed of the scanner's look and of the patients")
+
+
+class ModelSettings(Frozen):
+    """Encoder and classification head."""
+
+    backbone: str = Field(
+        "tiny-phantom", description="`tiny-phantom` (shipped), a hub id such as microsoft/rad-dino, or a folder"
+    )
+    head_hidden: int = Field(512, ge=1, description="width of the head's two hidden layers")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="dropout rate after each hidden layer")
+    mean: tuple[float, ...] | None = Field(None, description="pixel mean in [0, 1]; default: the backbone's own")
+    std: tuple[float, ...] | None = Field(None, description="pixel std in [0, 1]; default: the backbone's own")
+
+
+class OptimiserSettings(Frozen):
+    """AdamW with an encoder and a head group; the schedule restarts with each of the two segments."""
+
+    batch_size: int = Field(64, ge=1)
+    encoder_lr: Positive = Field(3e-6, description="peak rate of unfrozen encoder parameters")
+    head_lr: Positive = Field(5e-5, description="peak rate of the head")
+    tune_head_lr: Positive | None = Field(None, description="peak rate of the head in stage 2; default: head_lr")
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip_norm: Positive | None = Field(1.0, description="largest global gradient norm; null: no clipping")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="decay to 0 over each segment's steps")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU, else fp32")
+
+
+class StrategySettings(Frozen):
+    """Head stage, then progressive unfreezing: k(e) = min(K, step · (1 + ⌊(e − E1) / s⌋))."""
+
+    head_epochs: int = Field(10, ge=1, description="E1: epochs of stage 1, encoder frozen")
+    tune_epochs: int = Field(20, ge=1, description="E2: epochs of stage 2")
+    unfreezing: Literal["none", "progressive", "static"] = Field(
+        "progressive", description="none: the head alone trains in stage 2; static: K blocks from its first epoch"
+    )
+    depth: Depth = Field(10, description="K: blocks unfrozen at most, from the top; all: embeddings and norm too")
+    step: int = Field(2, ge=1, description="blocks added at a time")
+    every: int | None = Field(None, ge=1, description="s: epochs between additions; default max(1, round(E2 / 10))")
+
+
+class WeightingSettings(Frozen):
+    """Hybrid class weights: frequency at the start of stage 2, refined by validation quality after each epoch."""
+
+    enabled: bool = False
+    eta: Annotated[float, Field(ge=0)] = Field(0.5, description="rate of the adaptive refinement; 0: none")
+    boosts: dict[str, Positive] = Field(default_factory=dict, description="class → factor on its initial weight")
+    clip: tuple[Positive, Positive] | None = Field((0.5, 5.0), description="bounds of the weights used in the loss")
+    normalise: bool = Field(True, description="scale the weights to mean 1")
+
+    @field_validator("clip")
+    @classmethod
+    def _ordered(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
+        if clip is not None and clip[0] > clip[1]:
+            raise ValueError(f"lower bound {clip[0]} is above upper bound {clip[1]}")
+        return clip
+
+
+class EmaSettings(Frozen):
+    """Averaged copy that a row is evaluated on: d_t = decay · (1 − exp(−t / tau)), t in optimiser steps of stage 2."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="null: the raw weights are evaluated")
+    tau: Positive = Field(100.0, description="steps of warm-up")
+
+
+class StoppingSettings(Frozen):
+    """Early stopping on the row's own validation metric, counted from stage 2's first epoch."""
+
+    patience: int | None = Field(7, ge=1, description="epochs without improvement; null: never stop early")
+
+
+class Settings(Frozen):
+    """Everything one cell needs besides its seed."""
+
+    task: Task = "classification"
+    dataset: DatasetSettings = DatasetSettings()
+    model: ModelSettings = ModelSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    strategy: StrategySettings = StrategySettings()
+    weighting: WeightingSettings = WeightingSettings()
+    ema: EmaSettings = EmaSettings()
+    stopping: StoppingSettings = StoppingSettings()
+
+    @model_validator(mode="after")
+    def _pixel_statistics_agree(self) -> Settings:
+        mean, std = self.model.mean, self.model.std
+        if (mean is None) != (std is None):
+            raise ValueError("model.mean and model.std are given together or not at all")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) not in (1, 3):
+                raise ValueError(f"model.{name} has {len(values)} values; expected 1 or 3")
+        return self
+
+
+OBSERVER_GROUPS = ("ema", "stopping")
