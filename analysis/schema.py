@@ -1,0 +1,91 @@
+"""What the ledger holds about a study, as the analysis reads it: the one schema between writer and reader.
+
+`study/ledger.py` writes these facts to MLflow, `analysis/records.py` reads them back; both take the names of tags and
+metrics from here, so that they cannot drift apart. Imports no mlflow and no pandas.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+TAG = "spft."  # every tag of ours starts with this
+
+# Tags of every run
+TAG_KIND = TAG + "kind"  # 'row' or 'cell'
+TAG_KEY = TAG + "key"  # deterministic: a run is found again by it, never duplicated
+TAG_CURRENT = TAG + "current"  # 'true' for the runs of the study as last declared
+TAG_STUDY = TAG + "study"
+TAG_ROW = TAG + "row"
+TAG_ROW_INDEX = TAG + "row_index"
+TAG_DATASET = TAG + "dataset"
+# Tags of row runs
+TAG_MARKS = TAG + "marks"  # JSON: part → bool (Table 11's marks)
+TAG_CHANGES = TAG + "changes"  # JSON: dotted key → value, against the study's baseline
+# Tags of cell runs
+TAG_SEED = TAG + "seed"
+TAG_STATUS = TAG + "status"  # CellStatus; MLflow has no PRUNED, so the state of its own lives here
+TAG_ERROR = TAG + "error"
+TAG_BEST_EPOCH = TAG + "best_epoch"
+TAG_WEIGHTS = TAG + "weights_sha256"
+TAG_TRAJECTORY = TAG + "trajectory_sha256"
+TAG_SPLIT = TAG + "split_digest"
+TAG_CONFIG = TAG + "config_digest"
+TAG_STAGES = TAG + "stage_keys"  # JSON list
+TAG_NOOP_OF = TAG + "noop_of"  # name of the row with the same trajectory and observer at this seed
+TAG_UNDEFINED = TAG + "undefined_classes"  # JSON list: classes with one value in the test split
+# Tag of the experiment
+TAG_HEADER = TAG + "header"  # StudyHeader as JSON
+
+# Metrics. Per epoch (step = epochs completed, from 1): 'train/loss', 'val/<metric>', 'lr/…', 'unfrozen_blocks',
+# 'class_weight/<class>'. Once a cell: 'test/<metric>' for the chosen epoch.
+# Row runs: '<test metric>/mean', '/std', '/n'.
+TEST = "test/"
+VAL = "val/"
+PREDICTIONS = "predictions.npz"  # artifact of a cell: names, groups, labels (N, C) uint8, scores (N, C) float32, classes
+
+CellStatus = Literal["RUNNING", "FINISHED", "FAILED", "PRUNED"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Units(_Frozen):
+    """Training cost in integer units, one an image's forward pass through one cost unit of the model.
+
+    `alone`, `shared` and `floor` are planned; `executed` was counted in the loop, over all launches that built the
+    study; `stopped_early` is what early stopping left out of the plan; `recomputed` what caches could not serve.
+    """
+
+    alone: int
+    shared: int
+    floor: int
+    executed: int | None = None
+    stopped_early: int = 0
+    recomputed: int = 0
+
+
+class StudyHeader(_Frozen):
+    """What a table needs to know besides its rows and cells."""
+
+    study: str
+    title: str
+    description: str = ""
+    task: str
+    main_metric: str  # e.g. 'macro_auc'
+    metric_label: str  # e.g. 'macro AUC'
+    rows: tuple[str, ...]  # order of the table
+    seeds: tuple[int, ...]
+    datasets: tuple[str, ...]
+    parts: tuple[str, ...] = ()  # columns of marks
+    comparisons: tuple[tuple[str, str], ...] = ()  # (row, reference row): paired by seed
+    per_class: bool = False
+    classes: dict[str, tuple[str, ...]]  # data set → classes
+    dropped: dict[str, tuple[str, ...]]  # data set → dropped classes
+    synthetic: tuple[str, ...] = ()  # data sets that are drawn, not taken
+    published: str | None = None  # file of analysis/published/ to set beside
+    notes: tuple[str, ...] = ()  # leakage, splits, tolerance modes: stated in every report
+    units: Units
+    provenance: dict[str, str]  # command, versions, machine, digests
