@@ -1,0 +1,109 @@
+"""Image classification: multi-label (ChestX-ray14) and single-label (HAM10000, one-hot)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainables.backbone_files import Backbone
+from trainables.backbones import PooledViT, load_encoder, mlp_head
+from trainables.costs import Costs, vit_costs
+from trainables.data.images import ImageCache
+from trainables.data.index import Index
+from trainables.metrics import class_aucs, macro, undefined
+from trainables.settings import Settings
+from trainables.task import Rows, Scores
+
+
+def classification_costs(backbone: Backbone, settings: Settings, classes: int) -> Costs:
+    """Units of the encoder's parts and of the head, from the config alone."""
+    return vit_costs(
+        hidden=backbone.hidden,
+        layers=backbone.layers,
+        mlp_ratio=backbone.mlp_ratio,
+        patch=backbone.patch,
+        image_size=settings.dataset.image_size,
+        head_hidden=settings.model.head_hidden,
+        classes=classes,
+    )
+
+
+class Classification:
+    """The task of `settings.task = 'classification'`; see `trainables.task.Task`."""
+
+    main_metric = "macro_auc"
+
+    def __init__(self, settings: Settings, index: Index, images: ImageCache, backbone: Backbone) -> None:
+        self._settings = settings
+        self._index = index
+        self._images = images
+        self._backbone = backbone
+        self.classes = index.classes
+        self.costs = classification_costs(backbone, settings, len(index.classes))
+        self._labels = torch.from_numpy(index.labels.astype(np.float32))
+        model = settings.model
+        self._mean = torch.tensor(model.mean or backbone.mean).view(1, -1, 1, 1)
+        self._std = torch.tensor(model.std or backbone.std).view(1, -1, 1, 1)
+
+    def build(self, seed: int) -> PooledViT:
+        """Pretrained encoder and a head drawn from the seed."""
+        head = mlp_head(self._backbone.hidden, len(self.classes), self._settings.model, seed)
+        return PooledViT(load_encoder(self._backbone), head)
+
+    def rows(self, split: str) -> Rows:
+        """Rows of a split, ascending."""
+        return self._index.rows(split)
+
+    def inputs(self, rows: Rows, device: torch.device) -> Tensor:
+        """(B, 3, S, S): pixels / 255, grey repeated to three channels, minus mean, over std."""
+        pixels = torch.from_numpy(self._images.pixels[rows]).to(device, non_blocking=True)
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0).expand(-1, 3, -1, -1)
+        return (x - self._mean.to(device)) / self._std.to(device)
+
+    def class_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Positives and negatives of each class in the training split."""
+        labels = self._index.labels[self.rows("train")].astype(np.int64)
+        positives = labels.sum(axis=0)
+        return positives, len(labels) - positives
+
+    def loss(self, outputs: Tensor, rows: Rows, class_weights: Tensor | None) -> Tensor:
+        """Binary cross-entropy with logits, mean over batch and classes; weights multiply the positive term."""
+        targets = self._labels[torch.from_numpy(rows)].to(outputs.device, non_blocking=True)
+        return functional.binary_cross_entropy_with_logits(outputs.float(), targets, pos_weight=class_weights)
+
+    def predictions(self, outputs: Tensor) -> npt.NDArray[np.float32]:
+        """(B, C) probabilities."""
+        return torch.sigmoid(outputs.float()).cpu().numpy()
+
+    def score(self, predictions: npt.NDArray[np.float32], rows: Rows) -> Scores:
+        """AUC of each class and their macro over the defined ones."""
+        aucs = class_aucs(self._index.labels[rows], predictions)
+        metrics = {"macro_auc": macro(aucs)}
+        metrics |= {f"auc/{name}": float(a) for name, a in zip(self.classes, aucs, strict=True) if np.isfinite(a)}
+        return Scores(metrics, aucs, undefined(aucs, self.classes))
+
+    def describe(self, predictions: npt.NDArray[np.float32], rows: Rows) -> Mapping[str, npt.NDArray[np.generic]]:
+        """Names, groups, labels, scores and classes of a split."""
+        return {
+            "names": self._index.names[rows],
+            "groups": self._index.groups[rows],
+            "labels": self._index.labels[rows],
+            "scores": predictions,
+            "classes": np.array(self.classes),
+        }
+
+    def transforms(self) -> dict[str, object]:
+        """Size, fit and normalisation as applied."""
+        return {
+            "image_size": int(self._images.pixels.shape[1]),
+            "channels": int(self._images.pixels.shape[3]),
+            "fit": self._settings.dataset.fit,
+            "mean": self._mean.flatten().tolist(),
+            "std": self._std.flatten().tolist(),
+            "augmentation": "none",
+        }
