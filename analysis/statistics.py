@@ -308,7 +308,7 @@ def bootstrap_macro_difference(
 
 
 def percentile_estimate(value: float, replicates: Floats, incomplete: int = 0, alpha: float = ALPHA) -> Estimate:
-    """A value with the percentile interval of its bootstrap replicates (D,); draws without a defined class are left out."""
+    """A value with the percentile interval of its bootstrap replicates (D,), draws of no class left out."""
     defined = replicates[~np.isnan(replicates)]
     if not defined.size:
         return Estimate(value, math.nan, math.nan, incomplete=incomplete)

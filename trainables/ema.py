@@ -36,7 +36,7 @@ class Average:
     def track(self, live: Mapping[str, Tensor]) -> None:
         """Start averaging tensors not tracked yet; until now they equalled their raw values, so those are copied."""
         for name, tensor in live.items():
-            if name not in self.tensors:
+            if tensor.is_floating_point() and name not in self.tensors:
                 self.tensors[name] = tensor.detach().clone()
 
     @torch.no_grad()

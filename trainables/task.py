@@ -118,12 +118,8 @@ def set_phase(model: StagedModel, now: Phase) -> None:
 
 
 def trained_tensors(model: StagedModel, now: Phase) -> dict[str, Tensor]:
-    """Parameters and floating buffers that the phase may change, by the model's names, sorted."""
-    ids = {
-        id(t)
-        for m in trained_modules(model, now)
-        for t in (*m.parameters(), *(b for b in m.buffers() if b.is_floating_point()))
-    }
+    """Parameters and buffers that the phase may change, by the model's names, sorted."""
+    ids = {id(t) for m in trained_modules(model, now) for t in (*m.parameters(), *m.buffers())}
     return {name: t for name, t in named_tensors(model) if id(t) in ids}
 
 

@@ -1,0 +1,83 @@
+# Everything runs from here with plain Python: `make help` lists the targets.
+
+# The first of these that is at least 3.11 builds the environment; another one: make setup PYTHON=/path/to/python
+PYTHON ?= python3 python3.13 python3.12 python3.11
+# Extras of pyproject.toml to install, e.g. EXTRAS=dev,detection
+EXTRAS ?= dev
+# SLOW=1: `test` and `check` run the tests marked slow as well
+SLOW ?=
+# UPGRADE=1: `lock` takes the newest releases; without it, it keeps every pin it can
+UPGRADE ?=
+# Further arguments of the launcher (`ablation`), the benchmarks (`bench`) or pytest (`test`, `check`)
+ARGS ?=
+# Put before pytest, e.g. LIMIT='timeout --signal=INT 55m'
+LIMIT ?=
+
+comma := ,
+VENV := .venv
+PY := $(VENV)/bin/python
+LOCK := requirements.lock
+# Inside .venv, so that it cannot outlive what it vouches for; one for each choice of extras.
+STAMP := $(VENV)/.installed-$(subst $(comma),+,$(EXTRAS))
+on = $(filter-out 0,$(1))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup ablation test lint types check check-all bench lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## build .venv from the lock; again only when pyproject.toml or the lock change
+
+ablation: setup ## run the main study on the embedded synthetic data (no network, no GPU)
+	$(PY) study/launch.py ablation $(ARGS)
+
+test: setup ## run the tests that take seconds (SLOW=1: all of them)
+	$(LIMIT) $(PY) -m pytest $(if $(call on,$(SLOW)),,-m 'not slow') $(ARGS)
+
+lint: setup ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup ## mypy
+	$(PY) -m mypy
+
+check: lint types test ## what CI runs: lint, types, tests (SLOW=1: all tests)
+
+check-all: ## check with the slow tests
+	@$(MAKE) --no-print-directory check SLOW=1
+
+bench: setup ## time what the design promises
+	$(PY) -m tests.benchmarks.run $(ARGS)
+
+lock: | $(PY) ## rewrite requirements.lock from pyproject.toml, keeping pins (UPGRADE=1: newest releases)
+	$(PY) .ci/lock.py $(if $(call on,$(UPGRADE)),--upgrade)
+
+clean: ## remove caches and build output; .venv and outputs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# Debian and Ubuntu ship venv without ensurepip: said here, before `python -m venv` leaves half an environment behind.
+$(PY):
+	@found=; \
+	for python in $(PYTHON); do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "setup: needs Python 3.11 or newer; tried: $(PYTHON)." \
+	        "Install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
+	    echo "setup: $$found cannot create environments (no ensurepip)." \
+	        "On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
+	fi; \
+	echo "$$found -m venv --clear $(VENV)"; \
+	"$$found" -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# As environment variables the constraints reach the isolated build of the project too: up to pip 25.2 through
+# PIP_CONSTRAINT, from 25.3 on through PIP_BUILD_CONSTRAINT (docs/decisions/0001).
+$(STAMP): pyproject.toml $(LOCK) | $(PY)
+	PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	    $(PY) -m pip install -e '.[$(EXTRAS)]'
+	@touch $@

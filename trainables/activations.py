@@ -1,0 +1,277 @@
+"""Activations of frozen prefixes, computed once: pooled vectors for head-only training, tokens at a block boundary.
+
+Below a boundary that no training crosses, activations of a fixed image are constant; they are kept in a memory map
+that all rows, seeds and processes of a node share. A probe on real batches checks that cached and fresh activations
+are equal to the bit, and measures that reading beats recomputing; where either fails, the prefix is recomputed and the
+reason is recorded. Every row carries a checksum, verified when it is first read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from trainables.costs import IMAGES
+from trainables.device import Compute
+from trainables.task import Rows, StagedModel, Task
+
+log = logging.getLogger(__name__)
+
+When = Literal["auto", "always"]
+TOLERANCE = 5e-3  # of the largest magnitude, for activations kept in fp16: a labelled tolerance mode
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """Which positions may be cached, and how.
+
+    Attributes:
+        folder: where the caches of this node lie; None turns them off.
+        identity: digest of everything the activations depend on: initial weights, image contents, transforms, compute.
+        positions: positions that the plan found worth caching.
+        dtype: float32 for bit-identity, float16 as a tolerance mode.
+        when: 'auto' uses a cache only where measured reading beats recomputing; 'always' skips the measurement.
+    """
+
+    folder: Path | None
+    identity: str
+    positions: tuple[int, ...]
+    dtype: Literal["float32", "float16"] = "float32"
+    when: When = "auto"
+
+
+@dataclass
+class PrefixCache:
+    """One position's activations of the cached rows."""
+
+    folder: Path
+    data: np.memmap[Any, Any]
+    checksums: npt.NDArray[np.uint32]
+    place: npt.NDArray[np.int64]  # row of the index → row of the cache, −1 where not cached
+    verified: npt.NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.verified = np.zeros(len(self.data), dtype=np.bool_)
+
+    def covers(self, rows: Rows) -> bool:
+        """Whether all rows are cached."""
+        return bool(rows.max() < len(self.place) and (self.place[rows] >= 0).all())
+
+    def read(self, rows: Rows) -> tuple[npt.NDArray[np.floating], list[int]]:
+        """Activations of rows, and the positions within `rows` whose checksum is wrong."""
+        at = self.place[rows]
+        values = self.data[at]
+        unseen = np.flatnonzero(~self.verified[at])
+        wrong = [int(i) for i in unseen if zlib.crc32(values[i].tobytes()) != self.checksums[at[i]]]
+        self.verified[at] = True
+        return values, wrong
+
+
+class Activations:
+    """Serves the frozen prefix of a batch, from a cache where one serves, else as images to compute from."""
+
+    def __init__(self, task: Task, compute: Compute, device: torch.device, policy: CachePolicy, batch_size: int):
+        self._task = task
+        self._compute = compute
+        self._device = device
+        self._policy = policy
+        self._batch_size = batch_size
+        self._opened: dict[int, PrefixCache | None] = {}
+        self._position = IMAGES
+        self.events: list[str] = []  # what was recomputed, and why
+
+    def enter(self, model: StagedModel, position: int) -> None:
+        """Use the cache of a position from now on, building it first if no process has."""
+        self._position = position
+        if self._policy.folder is None or position not in self._policy.positions or position in self._opened:
+            return
+        try:
+            cache = self._open(model, position)
+        except OSError as error:
+            cache = None
+            self._say(f"activations at position {position} are recomputed: their cache could not be kept ({error})")
+        self._opened[position] = cache if cache is not None and self._serves(model, cache, position) else None
+
+    def stand_at(self, position: int) -> None:
+        """Serve a position from a cache that is open already, else compute; builds nothing."""
+        self._position = position
+
+    def leave(self) -> None:
+        """Close the memory maps."""
+        self._opened.clear()
+
+    def key(self, position: int) -> str:
+        """Name of a position's cache."""
+        return f"{self._policy.identity[:24]}-{position}-{self._policy.dtype}"
+
+    def fetch(self, model: StagedModel, rows: Rows) -> tuple[Tensor, int]:
+        """Activations of rows on the device, and the position they are at."""
+        cache = self._opened.get(self._position)
+        if cache is None or not cache.covers(rows):
+            return self._task.inputs(rows, self._device), IMAGES
+        values, wrong = cache.read(rows)
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self._device).float()
+        if wrong:
+            self._say(f"{len(wrong)} damaged rows of the cache {cache.folder.name} are recomputed")
+            tensor[wrong] = self._fresh(model, rows[wrong], self._position)
+            cache.verified[cache.place[rows[wrong]]] = False
+        return tensor, self._position
+
+    def used_key(self) -> str | None:
+        """Name of the cache in use at the present position, if one serves."""
+        return self.key(self._position) if self._opened.get(self._position) is not None else None
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def _cached_rows(self, position: int) -> Rows:
+        """Pooled vectors are small, so the test split has them too; tokens are kept for what is read every epoch."""
+        splits = ("train", "val", "test") if position == self._task.costs.features else ("train", "val")
+        return np.sort(np.concatenate([self._task.rows(s) for s in splits]))
+
+    def _open(self, model: StagedModel, position: int) -> PrefixCache:
+        assert self._policy.folder is not None
+        folder = self._policy.folder / self.key(position)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder / "lock")):
+            if not _complete(folder):
+                self._build(model, position, folder)
+        return _load(folder)
+
+    def _build(self, model: StagedModel, position: int, folder: Path) -> None:
+        rows = self._cached_rows(position)
+        part = folder / "part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        sample = self._fresh(model, rows[:1], position)
+        shape = (len(rows), *sample.shape[1:])
+        dtype = np.dtype(self._policy.dtype)
+        _require_space(folder, int(np.prod(shape)) * dtype.itemsize)
+        data = np.lib.format.open_memmap(part / "data.npy", mode="w+", dtype=dtype, shape=shape)
+        checksums = np.empty(len(rows), dtype=np.uint32)
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            values = self._fresh(model, batch, position).cpu().numpy().astype(dtype, copy=False)
+            data[start : start + len(batch)] = values
+            checksums[start : start + len(batch)] = [zlib.crc32(np.ascontiguousarray(v).tobytes()) for v in values]
+        data.flush()
+        del data
+        np.savez(part / "rows.npz", rows=rows, checksums=checksums)
+        self._publish(part, folder, position)
+
+    def _publish(self, part: Path, folder: Path, position: int) -> None:
+        """Move the finished files in place; `built.json` comes last and is what makes the cache complete."""
+        built = _built(folder)
+        train = len(self._task.rows("train"))
+        built["units"] = built.get("units", 0) + train * self._task.costs.forward(IMAGES, position)
+        built["builds"] = built.get("builds", 0) + 1
+        built["present"] = True
+        for name in ("data.npy", "rows.npz"):
+            (part / name).replace(folder / name)
+        text = part / "built.json"
+        text.write_text(json.dumps(built), encoding="utf-8")
+        text.replace(folder / "built.json")
+        part.rmdir()
+
+    def _fresh(self, model: StagedModel, rows: Rows, position: int) -> Tensor:
+        with torch.no_grad(), self._compute.autocast():
+            return model.advance(self._task.inputs(rows, self._device), IMAGES, position).float()
+
+    # -- the probe --------------------------------------------------------------------------------------------------
+
+    def _serves(self, model: StagedModel, cache: PrefixCache, position: int) -> bool:
+        """Equal to fresh activations on shuffled batches of a full and of the last, partial size; and faster."""
+        train = self._task.rows("train")
+        order = np.random.default_rng(position).permutation(train)
+        size = min(self._batch_size, len(order))
+        partial = len(train) % self._batch_size or 1
+        for rows in (order[:size], order[-partial:]):
+            started = time.perf_counter()
+            fresh = self._fresh(model, rows, position)
+            computing = time.perf_counter() - started
+            started = time.perf_counter()
+            values, wrong = cache.read(rows)
+            cached = torch.from_numpy(np.ascontiguousarray(values)).to(self._device).float()
+            reading = time.perf_counter() - started
+            if not wrong and not self._equal(cached, fresh):
+                self._say(f"activations at position {position} are recomputed: cached and fresh ones differ")
+                return False
+            cache.verified[cache.place[rows[wrong]]] = False
+        if self._policy.when == "auto" and reading > computing:
+            self._say(f"activations at position {position} are recomputed: reading takes {reading / computing:.1f}×")
+            return False
+        return True
+
+    def _equal(self, cached: Tensor, fresh: Tensor) -> bool:
+        if self._policy.dtype == "float32":
+            return torch.equal(cached, fresh)
+        return bool((cached - fresh).abs().max() <= TOLERANCE * fresh.abs().max())
+
+    def _say(self, message: str) -> None:
+        log.warning(message)
+        self.events.append(message)
+
+
+def release(folder: Path) -> None:
+    """Delete a cache's data after its last use; what it cost stays on record."""
+    if not (folder / "built.json").is_file():
+        return
+    with FileLock(str(folder / "lock")):
+        built = _built(folder) | {"present": False}
+        temporary = folder / f"built.{os.getpid()}"
+        temporary.write_text(json.dumps(built), encoding="utf-8")
+        temporary.replace(folder / "built.json")
+        (folder / "data.npy").unlink(missing_ok=True)
+        (folder / "rows.npz").unlink(missing_ok=True)
+
+
+def built_units(folder: Path) -> int:
+    """Units spent on building a cache of training images so far, over all its builds."""
+    return int(_built(folder).get("units", 0))
+
+
+def _built(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "built.json").read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _complete(folder: Path) -> bool:
+    if not _built(folder).get("present"):
+        return False
+    try:
+        _load(folder)
+    except (OSError, ValueError, KeyError, zlib.error) as error:
+        log.warning("the cache %s is damaged (%s) and is built again", folder.name, error)
+        return False
+    return True
+
+
+def _load(folder: Path) -> PrefixCache:
+    data = np.load(folder / "data.npy", mmap_mode="r")
+    with np.load(folder / "rows.npz") as file:
+        rows, checksums = file["rows"], file["checksums"]
+    if len(rows) != len(data):
+        raise ValueError(f"{len(data)} rows where {len(rows)} were written")
+    place = np.full(int(rows.max()) + 1, -1, dtype=np.int64)
+    place[rows] = np.arange(len(rows))
+    return PrefixCache(folder, data, checksums, place)
+
+
+def _require_space(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if wanted > free / 4:
+        raise OSError(f"{wanted / 1e9:.1f} GB wanted, a quarter of the free disk is {free / 4e9:.1f} GB")

@@ -1,0 +1,330 @@
+"""What one worker runs: a chain of epochs of one trajectory, for all the observers that watch it.
+
+A trial starts from the deepest state of its chain that the store holds, trains epoch by epoch, saves the state after
+each, follows every observer's validation metric, and writes an observer's result when its patience or its epochs are
+over: so a killed trial loses at most one epoch, and running it again is how it is resumed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainables.activations import Activations, CachePolicy
+from trainables.device import Compute
+from trainables.loop import EpochRecord, State, Trajectory, copy_name
+from trainables.settings import EmaSettings, Settings, StoppingSettings
+from trainables.stopping import Followed, follow
+from trainables.task import Task, TrainingError, weights_sha256
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A row's way of looking at a trajectory: which weights it evaluates and when it stops.
+
+    Attributes:
+        decay, tau: the averaged copy; decay None evaluates the raw weights.
+        patience: epochs without improvement before it stops; None never stops.
+    """
+
+    decay: float | None
+    tau: float
+    patience: int | None
+
+    @classmethod
+    def of(cls, ema: EmaSettings, stopping: StoppingSettings) -> Observer:
+        """The observer that a row's settings describe."""
+        return cls(ema.decay, ema.tau if ema.decay is not None else 0.0, stopping.patience)
+
+    @property
+    def copy(self) -> str:
+        """Name of the weights it evaluates."""
+        return copy_name(self.decay, self.tau)
+
+    @property
+    def name(self) -> str:
+        """Unique name, also of its result."""
+        return f"{self.copy} patience {self.patience}"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """An observer with the leaves it is followed to.
+
+    Attributes:
+        leaves: keys of the last epochs of the cells that see the trajectory through this observer.
+    """
+
+    observer: Observer
+    leaves: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrialRequest:
+    """What a trial needs to know; plain data, so that it travels to any worker.
+
+    Attributes:
+        name: shown in dashboards and messages: study, rows, seed, epochs.
+        settings: of any of its cells: what influences the trajectory is equal in all of them.
+        keys: key of the state after each epoch, from the first epoch of the trajectory to this trial's last.
+        first: epochs completed where its parent ends.
+        watches: all observers of the cells at or below this trial.
+        keep: keys whose states stay after the trial, because others start there.
+        cache_positions: positions whose activations may be cached.
+    """
+
+    name: str
+    settings: Settings
+    seed: int
+    keys: tuple[str, ...]
+    first: int
+    watches: tuple[Watch, ...]
+    keep: frozenset[str]
+    cache_positions: tuple[int, ...]
+    cache_identity: str
+    cache_dtype: str
+    cache_when: str
+    compute: Compute
+
+    @property
+    def last(self) -> int:
+        """Epochs completed at the trial's end."""
+        return len(self.keys)
+
+
+@dataclass
+class Checkpoint:
+    """A trajectory's state with what was seen on the way: enough to go on and to choose epochs.
+
+    Attributes:
+        history: one record an epoch, from the first.
+        best: (copy, epoch) → tensors of the weights that some observer holds for its best so far.
+    """
+
+    state: State
+    history: list[EpochRecord]
+    best: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a cell ends with: its observer's chosen epoch, evaluated once on the test split."""
+
+    observer: str
+    copy: str
+    best_epoch: int
+    last_epoch: int
+    stopped_early: bool
+    metrics: dict[str, float]
+    undefined: tuple[str, ...]
+    weights_sha256: str
+    trajectory_sha256: str
+    evaluation_units: int
+    history: list[EpochRecord]
+    provenance: dict[str, str]
+
+
+class Stash(Protocol):
+    """Where a trial keeps states and results; the only place that knows paths is behind it."""
+
+    def newest(self, keys: Sequence[str], usable: Callable[[Checkpoint], bool]) -> Checkpoint | None:
+        """The checkpoint of the last of `keys` that is whole and usable, or None."""
+
+    def save(self, key: str, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint under its key, all or nothing."""
+
+    def drop(self, key: str) -> None:
+        """Forget a checkpoint."""
+
+    def has_result(self, leaf: str, observer: str) -> bool:
+        """Whether a cell's result is there."""
+
+    def save_result(
+        self, leaf: str, observer: str, result: CellResult, predictions: bytes, weights: dict[str, Tensor]
+    ) -> None:
+        """Keep a cell's result with its test predictions (npz) and evaluated weights, all or nothing."""
+
+    def cache_folder(self) -> Path | None:
+        """Folder of this node's activation caches; None turns them off."""
+
+
+class Trial:
+    """Runs a `TrialRequest` epoch by epoch."""
+
+    def __init__(self, request: TrialRequest, task: Task, stash: Stash, provenance: dict[str, str]) -> None:
+        """Build the trajectory and take it to the deepest state there is."""
+        self.request = request
+        self._task = task
+        self._stash = stash
+        device = request.compute.start()
+        self._provenance = provenance | {"hardware": request.compute.hardware(), "torch": torch.__version__}
+        self.activations = Activations(
+            task, request.compute, device, self._policy(), request.settings.optimiser.batch_size
+        )
+        averages = {
+            w.observer.copy: (w.observer.decay, w.observer.tau)
+            for w in request.watches
+            if w.observer.decay is not None
+        }
+        self._trajectory = Trajectory(
+            task, request.settings, request.seed, request.compute, device, self.activations, averages
+        )
+        self._history: list[EpochRecord] = []
+        self._best: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._resume()
+        self._write_results()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self._trajectory.epoch
+
+    @property
+    def done(self) -> bool:
+        """Whether its epochs are over or every observer has stopped."""
+        return self.epoch >= self.request.last or self._all_stopped()
+
+    def step(self) -> EpochRecord:
+        """Train one epoch, save its state, and write the results that it completes.
+
+        Raises:
+            TrainingError: the loss is not finite, or a replayed epoch differs from the one on record.
+        """
+        record = self._trajectory.train_epoch()
+        self._history.append(record)
+        self._keep_best()
+        before = self.epoch - 1
+        self._stash.save(
+            self.request.keys[self.epoch - 1], Checkpoint(self._trajectory.state(), self._history, self._best)
+        )
+        self._write_results()
+        if before > 0 and self.request.keys[before - 1] not in self.request.keep:
+            self._stash.drop(self.request.keys[before - 1])
+        return record
+
+    # -- where it starts --------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        checkpoint = self._stash.newest(self.request.keys, self._usable)
+        if checkpoint is not None:
+            self._trajectory.restore(checkpoint.state)
+            self._history = list(checkpoint.history)
+            self._best = dict(checkpoint.best)
+
+    def _usable(self, checkpoint: Checkpoint) -> bool:
+        """Holds every averaged copy and every best so far that this trial's observers need."""
+        tuned = len(checkpoint.history) - self._head_epochs
+        if tuned <= 0:
+            return True
+        copies = {w.observer.copy for w in self.request.watches if w.observer.decay is not None}
+        return copies <= set(checkpoint.state.averages) and self._wanted_best(checkpoint.history) <= set(
+            checkpoint.best
+        )
+
+    def _policy(self) -> CachePolicy:
+        r = self.request
+        return CachePolicy(
+            self._stash.cache_folder() if r.cache_positions else None,
+            r.cache_identity,
+            r.cache_positions,
+            "float16" if r.cache_dtype == "float16" else "float32",
+            "always" if r.cache_when == "always" else "auto",
+        )
+
+    # -- observers --------------------------------------------------------------------------------------------------
+
+    @property
+    def _head_epochs(self) -> int:
+        return self.request.settings.strategy.head_epochs
+
+    def _followed(self, observer: Observer, history: Sequence[EpochRecord]) -> Followed:
+        metric = f"val/{observer.copy}/{self._task.main_metric}"
+        values = [record.metrics.get(metric, float("nan")) for record in history[self._head_epochs :]]
+        return follow(values, observer.patience)
+
+    def _all_stopped(self) -> bool:
+        return all(self._followed(w.observer, self._history).stopped is not None for w in self.request.watches)
+
+    def _wanted_best(self, history: Sequence[EpochRecord]) -> set[tuple[str, int]]:
+        """(copy, epoch) of the weights that observers without a result hold for their best so far."""
+        wanted = set()
+        for watch in self.request.watches:
+            best = self._followed(watch.observer, history).best
+            if best is not None and not self._resolved(watch):
+                wanted.add((watch.observer.copy, self._head_epochs + best + 1))
+        return wanted
+
+    def _keep_best(self) -> None:
+        wanted = self._wanted_best(self._history)
+        for copy, epoch in wanted - set(self._best):
+            assert epoch == self.epoch, "a best epoch of the past must have been kept when it came"
+            self._best[copy, epoch] = self._trajectory.copy_tensors(copy)
+        self._best = {at: tensors for at, tensors in self._best.items() if at in wanted}
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def _resolved(self, watch: Watch) -> bool:
+        return all(self._stash.has_result(leaf, watch.observer.name) for leaf in watch.leaves)
+
+    def _write_results(self) -> None:
+        """Evaluate the test split for every observer that has stopped, or that ends here with the trajectory."""
+        for watch in self.request.watches:
+            followed = self._followed(watch.observer, self._history)
+            here = self.request.keys[self.epoch - 1] if self.epoch else ""
+            leaves = watch.leaves if followed.stopped is not None else tuple(x for x in watch.leaves if x == here)
+            missing = [leaf for leaf in leaves if not self._stash.has_result(leaf, watch.observer.name)]
+            if missing:
+                result, predictions, weights = self._result(watch.observer, followed)
+                for leaf in missing:
+                    self._stash.save_result(leaf, watch.observer.name, result, predictions, weights)
+
+    def _result(self, observer: Observer, followed: Followed) -> tuple[CellResult, bytes, dict[str, Tensor]]:
+        if followed.best is None:
+            raise TrainingError(
+                f"validation {self._task.main_metric} was undefined in every epoch of stage 2: no epoch can be chosen"
+            )
+        best_epoch = self._head_epochs + followed.best + 1
+        stopped = followed.stopped is not None
+        last_epoch = self._head_epochs + followed.stopped + 1 if followed.stopped is not None else len(self._history)
+        weights = self._best[observer.copy, best_epoch]
+        rows = self._task.rows("test")
+        with self._trajectory.holding(weights, best_epoch):
+            predictions = self._trajectory.predict(rows)
+            digest = weights_sha256(self._trajectory.model)
+        scores = self._task.score(predictions, rows)
+        chosen = self._history[best_epoch - 1].metrics
+        prefix = f"val/{observer.copy}/"
+        metrics = {f"test/{name}": value for name, value in scores.metrics.items()}
+        metrics |= {f"val/{name[len(prefix):]}": v for name, v in chosen.items() if name.startswith(prefix)}
+        result = CellResult(
+            observer=observer.name,
+            copy=observer.copy,
+            best_epoch=best_epoch,
+            last_epoch=last_epoch,
+            stopped_early=stopped and last_epoch < self._planned_epochs(),
+            metrics=metrics,
+            undefined=scores.undefined,
+            weights_sha256=digest,
+            trajectory_sha256=self._history[last_epoch - 1].trajectory_sha256,
+            evaluation_units=len(rows) * self._task.costs.evaluation(-1),
+            history=self._history[:last_epoch],
+            provenance=self._provenance,
+        )
+        return result, _npz(self._task.describe(predictions, rows)), weights
+
+    def _planned_epochs(self) -> int:
+        strategy = self.request.settings.strategy
+        return strategy.head_epochs + strategy.tune_epochs
+
+
+def _npz(arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
