@@ -156,18 +156,23 @@ def inconsistencies(numbers: Numbers, others: list[Numbers] | None = None) -> li
     """What does not fit together in a published table, by itself and with the paper's other tables of its data set."""
     everything = load_all() if others is None else others
     related = [other for other in everything if other.source.dataset == numbers.source.dataset]
-    found = _wrong_macros(numbers)
+    found = [wrong.sentence for wrong in _wrong_macros(numbers)]
     if numbers.source.metrics:
-        for other in related:
-            found += _repeats_wrong_macro(numbers, other)
+        found += [sentence for other in related for sentence in _repeated_wrong_macros(numbers, other)]
     if not numbers.of_runs:
-        for runs in (other for other in related if other.of_runs):
-            found += _best_beside_single(numbers, runs)
+        found += [sentence for runs in related if runs.of_runs for sentence in _best_beside_single(numbers, runs)]
     return found
 
 
-def _wrong_macros(numbers: Numbers) -> list[str]:
-    """Overall figures that are no mean of the rows under them, beyond what rounding explains."""
+@dataclass(frozen=True)
+class _WrongMacro:
+    """An overall figure that is no mean of the rows under it, beyond what rounding explains."""
+
+    claim: float
+    sentence: str
+
+
+def _wrong_macros(numbers: Numbers) -> list[_WrongMacro]:
     stated = numbers.overall()
     if stated is None:
         return []
@@ -176,26 +181,20 @@ def _wrong_macros(numbers: Numbers) -> list[str]:
     for column, claim, values in zip(numbers.columns, stated, body.T, strict=True):
         mean, n = macro(values), int((~np.isnan(values)).sum())
         if abs(mean - claim) > 2 * numbers.rounding + 1e-9:
-            found.append(
-                f"{numbers.source.place}, column '{column}': {OVERALL} is given as {claim:.4f}, but the mean of its {n} "
-                f"defined rows is {mean:.4f}."
-            )
+            where = f"{numbers.source.place}, column '{column}'"
+            sentence = f"{where}: {OVERALL} is given as {claim:.4f}; the mean of its {n} defined rows is {mean:.4f}."
+            found.append(_WrongMacro(float(claim), sentence))
     return found
 
 
-def _repeats_wrong_macro(numbers: Numbers, other: Numbers) -> list[str]:
-    stated, wrong = other.overall(), _wrong_macros(other)
-    if stated is None or not wrong:
-        return []
+def _repeated_wrong_macros(numbers: Numbers, other: Numbers) -> list[str]:
+    """Figures of a table of models that repeat a wrong overall figure of another table."""
     tolerance = numbers.rounding + other.rounding
-    repeated = [
-        (label, value)
-        for label, line in zip(numbers.labels, numbers.values, strict=True)
-        for value in line
-        if any(abs(value - claim) < tolerance for claim in stated)
-    ]
     return [
-        f"'{label}', {value:.4f}, repeats an overall figure in doubt. {' '.join(wrong)}" for label, value in repeated
+        f"'{label}', {value:.4f}, repeats a doubtful figure. {wrong.sentence}"
+        for wrong in _wrong_macros(other)
+        for label, value in _overall_figures(numbers)
+        if abs(value - wrong.claim) < tolerance
     ]
 
 
@@ -269,9 +268,8 @@ def _beside_metrics(numbers: Numbers, table: StudyTable) -> list[BesideLine]:
     lines = []
     for dataset in table.header.datasets:
         for column, values in groups:
-            row = _row_by_name(column, table.header.rows) or _complete_row(table.lines_of(dataset))
-            if len(groups) > 1 and _row_by_name(column, table.header.rows) is None:
-                row = None
+            named = _row_by_name(column, table.header.rows)
+            row = _complete_row(table.lines_of(dataset)) if named is None and len(groups) == 1 else named
             for label, line in zip(numbers.labels, values, strict=True):
                 metric = table.header.main_metric if label == OVERALL else label
                 ours = _ours(table, dataset, row, metric) if row else None

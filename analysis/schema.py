@@ -6,6 +6,10 @@ metrics from here, so that they cannot drift apart. Imports no mlflow and no pan
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -35,15 +39,21 @@ TAG_CONFIG = TAG + "config_digest"
 TAG_STAGES = TAG + "stage_keys"  # JSON list
 TAG_NOOP_OF = TAG + "noop_of"  # name of the row with the same trajectory and observer at this seed
 TAG_UNDEFINED = TAG + "undefined_classes"  # JSON list: classes with one value in the test split
+TAG_PREDICTIONS = TAG + "predictions_sha256"  # of the artifact; a cell without the tag has none
+TAG_OUTCOME = TAG + "outcome_digest"  # of all that a cell ended with: the same outcome is written once
 # Tag of the experiment
-TAG_HEADER = TAG + "header"  # StudyHeader as JSON
+TAG_HEADER = TAG + "header"  # StudyHeader as JSON, or where its pieces are: see `header_tags`
 
 # Metrics. Per epoch (step = epochs completed, from 1): 'train/loss', 'val/<metric>', 'lr/…', 'unfrozen_blocks',
-# 'class_weight/<class>'. Once a cell: 'test/<metric>' for the chosen epoch.
-# Row runs: '<test metric>/mean', '/std', '/n'.
+# 'class_weight/<class>'. Once a cell, at step 0: 'test/<metric>' and 'best/val/<metric>' for the chosen epoch (the
+# prefix keeps the latter out of the curve of 'val/<metric>'). Row runs: 'test/<metric>/mean', '/std', '/n'.
+# Names are escaped by `metric_key` in MLflow.
 TEST = "test/"
 VAL = "val/"
-PREDICTIONS = "predictions.npz"  # artifact of a cell: names, groups, labels (N, C) uint8, scores (N, C) float32, classes
+BEST = "best/"
+PREDICTIONS = (
+    "predictions.npz"  # artifact of a cell: names, groups, labels (N, C) uint8, scores (N, C) float32, classes
+)
 
 CellStatus = Literal["RUNNING", "FINISHED", "FAILED", "PRUNED"]
 
@@ -89,3 +99,57 @@ class StudyHeader(_Frozen):
     notes: tuple[str, ...] = ()  # leakage, splits, tolerance modes: stated in every report
     units: Units
     provenance: dict[str, str]  # command, versions, machine, digests
+
+
+_REFUSED = re.compile(r"[^\w.\- /]")  # by MLflow, in names of metrics and parameters; ':' is ours
+_ESCAPED = re.compile(r":([0-9A-F]*):")
+_TAG_PIECE = 5_000  # characters an experiment tag may hold in every MLflow server since 1.0
+
+
+def metric_key(name: str) -> str:
+    """A name as MLflow accepts it as the key of a metric or parameter; `metric_name` turns it back.
+
+    MLflow takes letters, digits, '_', '-', '.', ' ', ':' and '/', and only names that are normal paths. Any other
+    character c becomes ':HEX:' (so '@' is ':40:' and ':' is ':3A:'), an empty part between slashes '::'.
+    """
+    return "/".join(_escape_part(part) for part in name.split("/"))
+
+
+def _escape_part(part: str) -> str:
+    refused = r"\." if set(part) == {"."} else _REFUSED  # '.' and '..' are not normal path parts
+    return re.sub(refused, lambda found: f":{ord(found[0]):X}:", part) or "::"
+
+
+def metric_name(key: str) -> str:
+    """The name that `metric_key` made a key of."""
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 16)) if found[1] else "", key)
+
+
+def header_tags(header: StudyHeader) -> dict[str, str]:
+    """Experiment tags that hold a header, in the order to write them.
+
+    A header longer than one tag may be is cut into pieces whose names hold its digest, and `TAG_HEADER`, written
+    last, points to them: a writer that dies half-way leaves the previous header in force.
+    """
+    text = header.model_dump_json()
+    if len(text) <= _TAG_PIECE:
+        return {TAG_HEADER: text}
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    pieces = [text[i : i + _TAG_PIECE] for i in range(0, len(text), _TAG_PIECE)]
+    tags = {f"{TAG_HEADER}.{digest}.{i}": piece for i, piece in enumerate(pieces)}
+    return tags | {TAG_HEADER: json.dumps({"digest": digest, "pieces": len(pieces)})}
+
+
+def header_from_tags(tags: Mapping[str, str]) -> StudyHeader | None:
+    """The header that an experiment's tags hold; None where the experiment is no study of ours.
+
+    Raises:
+        pydantic.ValidationError: the header was written by an incompatible version.
+    """
+    text = tags.get(TAG_HEADER)
+    if text is None:
+        return None
+    pointer = json.loads(text)
+    if pointer.keys() == {"digest", "pieces"}:
+        text = "".join(tags[f"{TAG_HEADER}.{pointer['digest']}.{i}"] for i in range(pointer["pieces"]))
+    return StudyHeader.model_validate_json(text)

@@ -8,6 +8,7 @@ reason is recorded. Every row carries a checksum, verified when it is first read
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,32 +26,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from trainables.costs import IMAGES
-from trainables.device import Compute
+from trainables.device import autocast
+from trainables.requests import CacheRequest, Compute
 from trainables.task import Rows, StagedModel, Task
 
 log = logging.getLogger(__name__)
 
-When = Literal["auto", "always"]
 TOLERANCE = 5e-3  # of the largest magnitude, for activations kept in fp16: a labelled tolerance mode
-
-
-@dataclass(frozen=True)
-class CachePolicy:
-    """Which positions may be cached, and how.
-
-    Attributes:
-        folder: where the caches of this node lie; None turns them off.
-        identity: digest of everything the activations depend on: initial weights, image contents, transforms, compute.
-        positions: positions that the plan found worth caching.
-        dtype: float32 for bit-identity, float16 as a tolerance mode.
-        when: 'auto' uses a cache only where measured reading beats recomputing; 'always' skips the measurement.
-    """
-
-    folder: Path | None
-    identity: str
-    positions: tuple[int, ...]
-    dtype: Literal["float32", "float16"] = "float32"
-    when: When = "auto"
 
 
 @dataclass
@@ -83,11 +65,23 @@ class PrefixCache:
 class Activations:
     """Serves the frozen prefix of a batch, from a cache where one serves, else as images to compute from."""
 
-    def __init__(self, task: Task, compute: Compute, device: torch.device, policy: CachePolicy, batch_size: int):
+    def __init__(
+        self,
+        task: Task,
+        compute: Compute,
+        device: torch.device,
+        request: CacheRequest,
+        folder: Path | None,
+        contents: str,
+        batch_size: int,
+    ) -> None:
+        """Serve from caches in `folder` (None: never) what `request` allows, for images of digest `contents`."""
         self._task = task
         self._compute = compute
         self._device = device
-        self._policy = policy
+        self._request = request
+        self._folder = folder
+        self._identity = hashlib.sha256(f"{request.identity}|{contents}".encode()).hexdigest()[:24]
         self._batch_size = batch_size
         self._opened: dict[int, PrefixCache | None] = {}
         self._position = IMAGES
@@ -96,7 +90,7 @@ class Activations:
     def enter(self, model: StagedModel, position: int) -> None:
         """Use the cache of a position from now on, building it first if no process has."""
         self._position = position
-        if self._policy.folder is None or position not in self._policy.positions or position in self._opened:
+        if self._folder is None or position not in self._request.positions or position in self._opened:
             return
         try:
             cache = self._open(model, position)
@@ -115,7 +109,7 @@ class Activations:
 
     def key(self, position: int) -> str:
         """Name of a position's cache."""
-        return f"{self._policy.identity[:24]}-{position}-{self._policy.dtype}"
+        return f"{self._identity}-{position}-{self._request.dtype}"
 
     def fetch(self, model: StagedModel, rows: Rows) -> tuple[Tensor, int]:
         """Activations of rows on the device, and the position they are at."""
@@ -142,8 +136,8 @@ class Activations:
         return np.sort(np.concatenate([self._task.rows(s) for s in splits]))
 
     def _open(self, model: StagedModel, position: int) -> PrefixCache:
-        assert self._policy.folder is not None
-        folder = self._policy.folder / self.key(position)
+        assert self._folder is not None
+        folder = self._folder / self.key(position)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder / "lock")):
             if not _complete(folder):
@@ -157,7 +151,7 @@ class Activations:
         part.mkdir()
         sample = self._fresh(model, rows[:1], position)
         shape = (len(rows), *sample.shape[1:])
-        dtype = np.dtype(self._policy.dtype)
+        dtype = np.dtype(self._request.dtype)
         _require_space(folder, int(np.prod(shape)) * dtype.itemsize)
         data = np.lib.format.open_memmap(part / "data.npy", mode="w+", dtype=dtype, shape=shape)
         checksums = np.empty(len(rows), dtype=np.uint32)
@@ -186,7 +180,7 @@ class Activations:
         part.rmdir()
 
     def _fresh(self, model: StagedModel, rows: Rows, position: int) -> Tensor:
-        with torch.no_grad(), self._compute.autocast():
+        with torch.no_grad(), autocast(self._compute):
             return model.advance(self._task.inputs(rows, self._device), IMAGES, position).float()
 
     # -- the probe --------------------------------------------------------------------------------------------------
@@ -209,13 +203,13 @@ class Activations:
                 self._say(f"activations at position {position} are recomputed: cached and fresh ones differ")
                 return False
             cache.verified[cache.place[rows[wrong]]] = False
-        if self._policy.when == "auto" and reading > computing:
+        if self._request.when == "auto" and reading > computing:
             self._say(f"activations at position {position} are recomputed: reading takes {reading / computing:.1f}×")
             return False
         return True
 
     def _equal(self, cached: Tensor, fresh: Tensor) -> bool:
-        if self._policy.dtype == "float32":
+        if self._request.dtype == "float32":
             return torch.equal(cached, fresh)
         return bool((cached - fresh).abs().max() <= TOLERANCE * fresh.abs().max())
 

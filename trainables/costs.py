@@ -22,6 +22,10 @@ class Costs:
     embedding: int
     blocks: tuple[int, ...]
     head: int
+    token_values: int = 0  # numbers that one image's activations have at a block boundary
+    feature_values: int = 0  # … and at the head's input
+    block_parameters: int = 0
+    head_parameters: int = 0
 
     @property
     def features(self) -> int:
@@ -62,9 +66,7 @@ def vit_costs(
     tokens = patches + 1
     block = (4 + 2 * mlp_ratio) * tokens * hidden**2 + 2 * tokens**2 * hidden
     head = hidden * head_hidden + head_hidden**2 + head_hidden * classes
-    return Costs(
-        embedding=_units(patches * 3 * patch**2 * hidden), blocks=(_units(block),) * layers, head=_units(head)
-    )
+    return Costs(embedding=_units(patches * 3 * patch**2 * hidden), blocks=(_units(block),) * layers, head=_units(head))
 
 
 def _units(macs: float) -> int:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainables.activations import Activations
-from trainables.device import Compute
+from trainables.device import autocast
 from trainables.ema import Average
+from trainables.requests import RAW, Compute
 from trainables.settings import Settings
 from trainables.strategy import Phase, phase, rates, stream
 from trainables.task import (
@@ -34,8 +35,6 @@ from trainables.task import (
     weights_sha256,
 )
 from trainables.weighting import Weights, initial_state, refine, training_weights
-
-RAW = "raw"  # name of the copy that is not averaged
 
 
 @dataclass
@@ -87,11 +86,6 @@ class State:
     tensors: dict[str, Tensor]
     averages: dict[str, int] = field(default_factory=dict)
     class_state: list[float] | None = None
-
-
-def copy_name(decay: float | None, tau: float) -> str:
-    """Name of the weights an observer evaluates: 'raw', or the decay (and τ) of the averaged copy."""
-    return RAW if decay is None else f"ema {decay:g} tau {tau:g}"
 
 
 class Trajectory:
@@ -215,12 +209,12 @@ class Trajectory:
 
     def _forward(self, rows: Rows) -> tuple[Tensor, int]:
         x, start = self._activations.fetch(self.model, rows)
-        with self._compute.autocast():
+        with autocast(self._compute):
             features = self.model.advance(x, start, self.task.costs.features)
             return self.model.predict(features), start
 
     def _validate(self, now: Phase) -> dict[str, float]:
-        """Validation metrics of the raw weights and of each averaged copy; refines the class weights by the raw ones."""
+        """Validation metrics of the raw weights and of each copy; refines the class weights by the raw ones."""
         rows = self.task.rows("val")
         scores = self.evaluate(rows)
         metrics = {f"val/{RAW}/{name}": value for name, value in scores.metrics.items()}
@@ -361,7 +355,9 @@ class Trajectory:
         model, groups = self.model, self._optimiser.param_groups
         return {
             "segment": now.segment,
-            "trainable_blocks": [i for i, b in enumerate(model.blocks()) if any(p.requires_grad for p in b.parameters())],
+            "trainable_blocks": [
+                i for i, b in enumerate(model.blocks()) if any(p.requires_grad for p in b.parameters())
+            ],
             "trainable_base": any(p.requires_grad for m in model.base() for p in m.parameters()),
             "trainable_parameters": sum(p.numel() for p in model.module().parameters() if p.requires_grad),
             "learning_rates": {"first_step": self._group_rates()},
@@ -373,6 +369,10 @@ class Trajectory:
             "device": str(self.device.type),
             "threads": torch.get_num_threads(),
         }
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _exchange(live: dict[str, Tensor], averaged: dict[str, Tensor]) -> None:

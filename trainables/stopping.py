@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ def follow(values: Sequence[float], patience: int | None) -> Followed:
     """
     best: int | None = None
     for position, value in enumerate(values):
-        if value == value and (best is None or value > values[best]):
+        if not math.isnan(value) and (best is None or value > values[best]):
             best = position
         since = position - (-1 if best is None else best)
         if patience is not None and since >= patience:

@@ -17,86 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainables.activations import Activations, CachePolicy
-from trainables.device import Compute
-from trainables.loop import EpochRecord, State, Trajectory, copy_name
-from trainables.settings import EmaSettings, Settings, StoppingSettings
+from trainables import device
+from trainables.activations import Activations
+from trainables.loop import EpochRecord, State, Trajectory
+from trainables.requests import Observer, TrialRequest, Watch
 from trainables.stopping import Followed, follow
 from trainables.task import Task, TrainingError, weights_sha256
-
-
-@dataclass(frozen=True)
-class Observer:
-    """A row's way of looking at a trajectory: which weights it evaluates and when it stops.
-
-    Attributes:
-        decay, tau: the averaged copy; decay None evaluates the raw weights.
-        patience: epochs without improvement before it stops; None never stops.
-    """
-
-    decay: float | None
-    tau: float
-    patience: int | None
-
-    @classmethod
-    def of(cls, ema: EmaSettings, stopping: StoppingSettings) -> Observer:
-        """The observer that a row's settings describe."""
-        return cls(ema.decay, ema.tau if ema.decay is not None else 0.0, stopping.patience)
-
-    @property
-    def copy(self) -> str:
-        """Name of the weights it evaluates."""
-        return copy_name(self.decay, self.tau)
-
-    @property
-    def name(self) -> str:
-        """Unique name, also of its result."""
-        return f"{self.copy} patience {self.patience}"
-
-
-@dataclass(frozen=True)
-class Watch:
-    """An observer with the leaves it is followed to.
-
-    Attributes:
-        leaves: keys of the last epochs of the cells that see the trajectory through this observer.
-    """
-
-    observer: Observer
-    leaves: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TrialRequest:
-    """What a trial needs to know; plain data, so that it travels to any worker.
-
-    Attributes:
-        name: shown in dashboards and messages: study, rows, seed, epochs.
-        settings: of any of its cells: what influences the trajectory is equal in all of them.
-        keys: key of the state after each epoch, from the first epoch of the trajectory to this trial's last.
-        first: epochs completed where its parent ends.
-        watches: all observers of the cells at or below this trial.
-        keep: keys whose states stay after the trial, because others start there.
-        cache_positions: positions whose activations may be cached.
-    """
-
-    name: str
-    settings: Settings
-    seed: int
-    keys: tuple[str, ...]
-    first: int
-    watches: tuple[Watch, ...]
-    keep: frozenset[str]
-    cache_positions: tuple[int, ...]
-    cache_identity: str
-    cache_dtype: str
-    cache_when: str
-    compute: Compute
-
-    @property
-    def last(self) -> int:
-        """Epochs completed at the trial's end."""
-        return len(self.keys)
 
 
 @dataclass
@@ -105,11 +31,13 @@ class Checkpoint:
 
     Attributes:
         history: one record an epoch, from the first.
+        provenance: hardware, library versions and image contents it was trained with.
         best: (copy, epoch) → tensors of the weights that some observer holds for its best so far.
     """
 
     state: State
     history: list[EpochRecord]
+    provenance: dict[str, str]
     best: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -163,18 +91,17 @@ class Trial:
         self.request = request
         self._task = task
         self._stash = stash
-        device = request.compute.start()
-        self._provenance = provenance | {"hardware": request.compute.hardware(), "torch": torch.__version__}
-        self.activations = Activations(
-            task, request.compute, device, self._policy(), request.settings.optimiser.batch_size
-        )
+        where = device.start(request.compute)
+        self._provenance = provenance | {"hardware": device.hardware(request.compute), "torch": torch.__version__}
+        folder = stash.cache_folder() if request.cache.positions else None
+        batch_size = request.settings.optimiser.batch_size
+        identity = provenance["contents_digest"]
+        self.activations = Activations(task, request.compute, where, request.cache, folder, identity, batch_size)
         averages = {
-            w.observer.copy: (w.observer.decay, w.observer.tau)
-            for w in request.watches
-            if w.observer.decay is not None
+            w.observer.copy: (w.observer.decay, w.observer.tau) for w in request.watches if w.observer.decay is not None
         }
         self._trajectory = Trajectory(
-            task, request.settings, request.seed, request.compute, device, self.activations, averages
+            task, request.settings, request.seed, request.compute, where, self.activations, averages
         )
         self._history: list[EpochRecord] = []
         self._best: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -202,7 +129,8 @@ class Trial:
         self._keep_best()
         before = self.epoch - 1
         self._stash.save(
-            self.request.keys[self.epoch - 1], Checkpoint(self._trajectory.state(), self._history, self._best)
+            self.request.keys[self.epoch - 1],
+            Checkpoint(self._trajectory.state(), self._history, self._provenance, self._best),
         )
         self._write_results()
         if before > 0 and self.request.keys[before - 1] not in self.request.keep:
@@ -214,9 +142,22 @@ class Trial:
     def _resume(self) -> None:
         checkpoint = self._stash.newest(self.request.keys, self._usable)
         if checkpoint is not None:
+            self._check_same_ground(checkpoint)
             self._trajectory.restore(checkpoint.state)
             self._history = list(checkpoint.history)
             self._best = dict(checkpoint.best)
+
+    def _check_same_ground(self, checkpoint: Checkpoint) -> None:
+        """A trajectory whose parts come from different hardware, libraries or images is no single trajectory."""
+        if checkpoint.provenance.get("contents_digest") != self._provenance["contents_digest"]:
+            raise TrainingError("the images have changed since this trajectory was begun; use another --storage")
+        for name in ("hardware", "torch"):
+            then, now = checkpoint.provenance.get(name), self._provenance[name]
+            if then != now and not self.request.mixed:
+                raise TrainingError(
+                    f"the state after epoch {checkpoint.state.epoch} comes from {name} {then!r}, this worker has "
+                    f"{now!r}; results would not be one trajectory: pass -o execution.allow_mixed=true to go on"
+                )
 
     def _usable(self, checkpoint: Checkpoint) -> bool:
         """Holds every averaged copy and every best so far that this trial's observers need."""
@@ -226,16 +167,6 @@ class Trial:
         copies = {w.observer.copy for w in self.request.watches if w.observer.decay is not None}
         return copies <= set(checkpoint.state.averages) and self._wanted_best(checkpoint.history) <= set(
             checkpoint.best
-        )
-
-    def _policy(self) -> CachePolicy:
-        r = self.request
-        return CachePolicy(
-            self._stash.cache_folder() if r.cache_positions else None,
-            r.cache_identity,
-            r.cache_positions,
-            "float16" if r.cache_dtype == "float16" else "float32",
-            "always" if r.cache_when == "always" else "auto",
         )
 
     # -- observers --------------------------------------------------------------------------------------------------
@@ -302,7 +233,7 @@ class Trial:
         chosen = self._history[best_epoch - 1].metrics
         prefix = f"val/{observer.copy}/"
         metrics = {f"test/{name}": value for name, value in scores.metrics.items()}
-        metrics |= {f"val/{name[len(prefix):]}": v for name, v in chosen.items() if name.startswith(prefix)}
+        metrics |= {f"val/{name[len(prefix) :]}": v for name, v in chosen.items() if name.startswith(prefix)}
         result = CellResult(
             observer=observer.name,
             copy=observer.copy,

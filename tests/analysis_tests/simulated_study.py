@@ -1,4 +1,4 @@
-"""Simulated ledgers: what a finished study of the method's form leaves behind, with the failures that real ones have."""
+"""Simulated ledgers: what a study of the method's form leaves behind, with the failures that real ones have."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Simulated:
     synthetic: tuple[str, ...] = field(default=())
 
 
-def simulate(plan: Simulated = Simulated(), folder: Path | None = None, seed: int = 7) -> StudyRecords:  # noqa: B008
+def simulate(plan: Simulated = Simulated(), folder: Path | None = None, seed: int = 7) -> StudyRecords:
     """Records of a simulated study; predictions, if any, are written into the folder."""
     rng = np.random.default_rng(seed)
     ease = rng.uniform(0.70, 0.93, len(plan.classes))
@@ -60,17 +60,20 @@ def simulate(plan: Simulated = Simulated(), folder: Path | None = None, seed: in
                 level = plan.rows.index(twin) if twin else r
                 noise = np.random.default_rng([seed, d, level, s])
                 shift = luck[dataset, s] + level * plan.effect - 0.02 * d + noise.normal(0, plan.pair_noise)
-                cell = _cell(plan, dataset, row, s, ease + shift + noise.normal(0, 0.008, len(ease)), noise)
+                cell = _cell(plan, (dataset, row, s), ease + shift + noise.normal(0, 0.008, len(ease)), noise)
                 cells.append(cell)
                 if cell["status"] == "FINISHED":
                     history.append(_history(plan, cell, level, noise))
                     if truth is not None and folder is not None:
-                        predictions[cell["mlflow_run_id"]] = _predict(plan, truth, cell, shift, noise, folder)
+                        run = str(cell["mlflow_run_id"])
+                        blur = (0.5 - 8 * shift) * noise.normal(0, 1, truth["signal"].shape)
+                        predictions[run] = _predict(folder, run, truth, blur)
     frame = pd.DataFrame(cells)
     tidy = pd.concat(history, ignore_index=True) if history else pd.DataFrame(columns=HISTORY)
     return StudyRecords(_header(plan), _rows(plan), frame, tidy, predictions)
 
 
+ERROR = "CUDA out of memory: tried to allocate 2 GiB\n  in trainables/loop.py"
 HISTORY = ("dataset", "row", "seed", "epoch", "metric", "value")
 
 
@@ -116,14 +119,15 @@ def _rows(plan: Simulated) -> tuple[RowRecord, ...]:
 
 
 def _cell(
-    plan: Simulated, dataset: str, row: str, seed: int, aucs: np.ndarray, noise: np.random.Generator
+    plan: Simulated, key: tuple[str, str, int], aucs: np.ndarray, noise: np.random.Generator
 ) -> dict[str, object]:
+    dataset, row, seed = key
     status = next((st for d, r, s, st in plan.failed if (d, r, s) == (dataset, row, seed)), "FINISHED")
     identity = (dataset, dict(plan.noop).get(row, row), str(seed))
     finished = status == "FINISHED"
     cell: dict[str, object] = {
         "study": "ablation", "dataset": dataset, "row": row, "row_index": plan.rows.index(row), "seed": seed,
-        "status": status, "error": "CUDA out of memory: tried to allocate 2 GiB\n  in loop.py" if status == "FAILED" else "",
+        "status": status, "error": ERROR if status == "FAILED" else "",
         "best_epoch": int(noise.integers(12, plan.epochs)) if finished else None,
         "mlflow_run_id": None if status == "MISSING" else _digest("run", dataset, row, str(seed))[:32],
         "weights_sha256": _digest("w", *identity) if finished else None,
@@ -170,17 +174,10 @@ def _truth(plan: Simulated, rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-def _predict(
-    plan: Simulated,
-    truth: dict[str, np.ndarray],
-    cell: dict[str, object],
-    shift: float,
-    noise: np.random.Generator,
-    folder: Path,
-) -> Path:
-    scores = truth["signal"] + (0.5 - 8 * shift) * noise.normal(0, 1, truth["signal"].shape)
+def _predict(folder: Path, run_id: str, truth: dict[str, np.ndarray], noise: np.ndarray) -> Path:
+    scores = truth["signal"] + noise
     arrays = {name: truth[name] for name in ("names", "groups", "labels", "classes")}
-    path = folder / str(cell["mlflow_run_id"]) / "predictions.npz"
+    path = folder / run_id / "predictions.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, scores=scores.astype(np.float32), **arrays)
     return path

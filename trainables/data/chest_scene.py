@@ -415,7 +415,7 @@ def _hernia(t: _Thorax, rng: np.random.Generator, strength: float) -> Effect:
     cx, cy, radius = rng.uniform(-0.04, 0.14), a.base - rng.uniform(0.08, 0.16), rng.uniform(0.13, 0.18)
     sac = disc(t.x, t.y, cx, cy, radius, 0.3)
     air = disc(t.x, t.y, cx, cy - 0.02, radius * 0.75, 0.3) * step(cy - t.y, 0.02)
-    return strength * (0.13 * sac - 0.2 * air), sac
+    return strength * (0.1 * sac - 0.12 * air), sac
 
 
 _DRAWERS: dict[str, _Drawer] = {

@@ -22,6 +22,7 @@ _BLOOD = np.array([0.18, 1.0, 0.8])
 _SKIN = np.array([[0.91, 0.76, 0.68], [0.86, 0.68, 0.56], [0.93, 0.72, 0.67]])
 _VEIL = np.array([0.45, 0.5, 0.6])  # blue-white: melanin deep in the skin
 _SCALE = np.array([0.93, 0.9, 0.82])  # keratin
+_HAIR = np.array([0.75, 0.85, 0.9])[:, None, None]  # light that a hair takes
 
 _CUES = (
     "size",
@@ -94,13 +95,13 @@ class Dermatoscope:
         )
 
     def record(self, reflectance: Map, rng: np.random.Generator) -> Map:
-        """Turn reflectance (H, W, 3) into the image this instrument would take."""
+        """Turn reflectance (3, H, W) into the image this instrument would take."""
         x, y = grid(SIZE, WIDTH)
         light = 1 + self.shade[0] * x + self.shade[1] * y + rng.normal(0, 0.04)
         light = light * (1 - 0.12 * (x**2 + y**2))
         light = light * step(self.ring * rng.uniform(0.95, 1.05) - np.sqrt(x**2 + y**2), 0.06)
-        image = blur(np.clip(reflectance * (self.tint * light[..., None]), 0, 1) ** self.gamma, self.psf)
-        grain = rng.standard_normal((SIZE, WIDTH, 1)) + 0.5 * rng.standard_normal((SIZE, WIDTH, 3))
+        image = blur(np.clip(reflectance * (self.tint[:, None, None] * light), 0, 1) ** self.gamma, self.psf)
+        grain = rng.standard_normal((1, SIZE, WIDTH)) + 0.5 * rng.standard_normal((3, SIZE, WIDTH))
         return np.clip(image + self.noise * grain, 0, 1)
 
 
@@ -119,11 +120,12 @@ def draw_lesion(hospital: int, lesion: int, view: int, dx: str) -> npt.NDArray[n
     skin = _SKIN[shape.choice(3, p=scope.patients)] * (1 + shape.normal(0, 0.035, 3))
     x, y = _pose(now)
     radius, mask = _outline(cue, shape, x, y)
-    reflectance = skin * (1 + 0.02 * smooth_noise(shape, 24, width=WIDTH) + 0.02 * smooth_noise(shape, 4, width=WIDTH))[..., None]
+    mottle = smooth_noise(shape, 24, width=WIDTH) + smooth_noise(shape, 4, width=WIDTH)
+    reflectance = skin[:, None, None] * (1 + 0.02 * mottle)
     reflectance = reflectance * _absorption(cue, shape, x, y, radius, mask)
     reflectance = _overlays(cue, shape, x, y, mask, reflectance)
     reflectance = _hair(reflectance, now)
-    return to_bytes(scope.record(np.clip(reflectance, 0, 1), now))
+    return np.ascontiguousarray(to_bytes(scope.record(reflectance, now)).transpose(1, 2, 0))
 
 
 def _sample_cues(dx: str, rng: np.random.Generator) -> dict[str, float]:
@@ -154,8 +156,8 @@ def _outline(cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map) ->
 
 def _absorption(
     cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map, radius: Map, mask: Map
-) -> npt.NDArray[np.float64]:
-    """Light left by melanin and blood, (H, W, 3)."""
+) -> Map:
+    """Light left by melanin and blood, (3, H, W)."""
     lean = rng.uniform(0, 2 * np.pi)
     slope = np.clip(0.5 + 0.9 * (np.cos(lean) * x + np.sin(lean) * y), 0, 1.4)
     profile = 1 + cue["rim"] * (np.clip(radius, 0, 1) ** 2 * 1.2 - 0.9)
@@ -167,9 +169,10 @@ def _absorption(
     blood = 0.9 * cue["blood"] * (1 + 0.3 * smooth_noise(rng, 5, width=WIDTH))
     blood = blood + 1.4 * _spots(cue["lacunae"], rng, x, y, (0.07, 0.14), 12)
     blood = blood + 0.9 * _spots(cue["dots"], rng, x, y, (0.018, 0.03), 30)
-    blood = blood + 1.1 * cue["vessels"] * ridges(smooth_noise(rng, 5, width=WIDTH), 0.09) * np.clip(2 * cue["vessels"], 0, 1)
-    density = np.clip(melanin, 0, 3)[..., None] * _MELANIN * 1.1 + np.clip(blood, 0, 3)[..., None] * _BLOOD * 0.75
-    return np.exp(-mask[..., None] * density)
+    vessels = ridges(smooth_noise(rng, 5, width=WIDTH), 0.09)
+    blood = blood + 1.1 * cue["vessels"] * min(1.0, 2 * cue["vessels"]) * vessels
+    melanin, blood = 1.1 * mask * np.clip(melanin, 0, 3), 0.75 * mask * np.clip(blood, 0, 3)
+    return np.exp(-(_MELANIN[:, None, None] * melanin + _BLOOD[:, None, None] * blood))
 
 
 def _spots(amount: float, rng: np.random.Generator, x: Map, y: Map, radii: tuple[float, float], most: int) -> Map:
@@ -192,9 +195,9 @@ def _window(cx: float, cy: float, size: float) -> tuple[slice, slice]:
 
 
 def _overlays(
-    cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map, mask: Map, under: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """What hides the skin's colour: veil, nests, scar, scale, cysts and openings."""
+    cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map, mask: Map, under: Map
+) -> Map:
+    """Lay over the (3, H, W) image what hides the skin's colour: veil, nests, scar, scale, cysts and openings."""
     cx, cy = rng.normal(0, 0.15, 2)
     veil = cue["veil"] * bump(x, y, cx, cy, 0.45, 0.35) * mask
     nests = 0.75 * _spots(cue["nests"], rng, x, y, (0.05, 0.1), 9) * mask
@@ -210,19 +213,19 @@ def _overlays(
         (0.7 * cysts, _SCALE),
         (0.7 * openings, _VEIL * np.array([0.6, 0.4, 0.25])),
     ):
-        under = under + layer[..., None] * (colour - under)
+        under = under + layer * (colour[:, None, None] - under)
     return under
 
 
-def _hair(image: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.float64]:
+def _hair(image: Map, rng: np.random.Generator) -> Map:
     """A few dark arcs in half of the images, and now and then the bubble of the immersion fluid."""
     x, y = grid(SIZE, WIDTH)
     if rng.random() < 0.5:
         for _ in range(int(rng.integers(1, 6))):
             offset, slope, bend = rng.uniform(-1.2, 1.2), rng.normal(0, 0.9), rng.normal(0, 0.3)
             hair = np.clip(1 - np.abs(x - offset - slope * y - bend * y**2) / 0.022, 0, 1) * rng.uniform(0.4, 0.8)
-            image = image * (1 - hair[..., None] * np.array([0.75, 0.85, 0.9]))
+            image = image * (1 - hair * _HAIR)
     if rng.random() < 0.1:
         rim = ridges(np.sqrt((x - rng.uniform(-1, 1)) ** 2 + (y - rng.uniform(-0.8, 0.8)) ** 2) - 0.12, 0.03)
-        image = image + 0.25 * rim[..., None]
+        image = image + 0.25 * rim
     return image

@@ -79,14 +79,12 @@ def _spline(size: int, cells: int) -> Map:
 
 
 def blur(image: Map, sigma: float) -> Map:
-    """Gaussian blur, sigma in px, edges repeated. Accepts (H, W) or (H, W, C)."""
+    """Gaussian blur, sigma in px, the weights at the edges rescaled to sum to 1. Accepts (..., H, W)."""
     if sigma < 0.2:
         return image
-    rows, columns = _gaussian(image.shape[0], round(sigma, 2)), _gaussian(image.shape[1], round(sigma, 2))
-    if image.ndim == 2:
-        blurred: Map = rows @ image @ columns.T
-        return blurred
-    return np.stack([rows @ image[..., c] @ columns.T for c in range(image.shape[2])], axis=-1)
+    rows, columns = (_gaussian(size, round(sigma, 2)) for size in image.shape[-2:])
+    blurred: Map = rows @ image @ columns.T
+    return blurred
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,155 @@
+"""NIH ChestX-ray14: table, official lists and image folders, with the variants that lie on users' disks.
+
+Read from `Data_Entry_2017_v2020.csv` (or the older `Data_Entry_2017.csv`, or Kaggle's `sample_labels.csv`); images
+flat in `images/` or in `images_001/images` … `images_012/images`. Patient ids may be zero-padded and ages written
+`060Y` (ages are not read). The header's bracketed names hold unquoted commas, so that `OriginalImage[Width` and
+`Height]` are two fields: only the columns named here are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from trainables.data.adapter import Adapter, DatasetInfo, Table
+from trainables.data.index import SPLITS, DataError
+from trainables.data.tables import find_file, read_rows, refuse_repeats, root_of
+from trainables.settings import DatasetSettings
+
+CLASSES = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
+NO_FINDING = "No Finding"
+TABLE_FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+BOXES_FILE = "BBox_List_2017.csv"
+BOXES_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+BOX_SPELLING = {"Infiltration": "Infiltrate"}  # class → its name in the list of boxes
+OFFICIAL_LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
+
+
+def read_table(settings: DatasetSettings) -> Table:
+    """Read the table under `settings.root`, with the official lists if `settings.split` asks for them.
+
+    Raises:
+        DataError: no table, a missing column, a broken row (with its line), or lists that do not cover the table.
+    """
+    root = root_of(INFO.name, settings.root)
+    path = find_file(INFO.name, root, TABLE_FILES)
+    columns = {"image": ["Image Index"], "findings": ["Finding Labels"], "patient": ["Patient ID"]}
+    names, patients, findings, lines = [], [], [], []
+    known: dict[str, tuple[str, ...]] = {}
+    for line, (name, text, patient) in read_rows(path, columns):
+        if text not in known:
+            known[text] = _parse_findings(path, line, text)
+        names.append(_checked_name(path, line, name))
+        patients.append(_patient(path, line, patient))
+        findings.append(known[text])
+        lines.append(line)
+    refuse_repeats(path, names, lines)
+    official = _official(root, path, names) if settings.split == "official" else None
+    return to_table(names, patients, findings, official)
+
+
+def to_table(
+    names: Sequence[str],
+    patients: Sequence[str],
+    findings: Sequence[Sequence[str]],
+    official: npt.NDArray[np.uint8] | None = None,
+) -> Table:
+    """Build the table from columns; `findings` holds the names of each image's findings, out of `CLASSES`."""
+    column = {name: position for position, name in enumerate(CLASSES)}
+    labels = np.zeros((len(names), len(CLASSES)), np.uint8)
+    places = [(row, column[finding]) for row, shown in enumerate(findings) for finding in shown]
+    if places:
+        labels[tuple(np.array(places).T)] = 1
+    return Table(np.array(names), np.array(patients), labels, official)
+
+
+def _checked_name(path: Path, line: int, name: str) -> str:
+    if not name:
+        raise DataError(f"{path}, line {line}: no image name; expected one such as 00000001_000.png")
+    return name
+
+
+def _patient(path: Path, line: int, text: str) -> str:
+    """Patient id without leading zeros: copies differ in the padding of one patient's id."""
+    if not (text.isascii() and text.isdigit()):
+        raise DataError(f"{path}, line {line}: Patient ID {text!r}; expected a number")
+    return str(int(text))
+
+
+def _parse_findings(path: Path, line: int, text: str) -> tuple[str, ...]:
+    """Split `A|B`; `No Finding` alone is none."""
+    if text == NO_FINDING:
+        return ()
+    found = tuple(text.split("|"))
+    unknown = [finding for finding in found if finding not in CLASSES]
+    if unknown:
+        raise DataError(
+            f"{path}, line {line}: Finding Labels {text!r} names {', '.join(map(repr, unknown))}; "
+            f"expected {NO_FINDING!r} alone or some of {', '.join(CLASSES)}, joined by |"
+        )
+    return found
+
+
+def _official(root: Path, table: Path, names: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Positions in SPLITS by the distributed lists; what is in train_val_list.txt counts as train."""
+    listed: dict[str, str] = {}
+    for split, file in OFFICIAL_LISTS.items():
+        if not (root / file).is_file():
+            raise DataError(f"{root / file} does not exist: the official split needs it; or set dataset.split=grouped")
+        for name in (root / file).read_text(encoding="utf-8").split():
+            if listed.setdefault(name, split) != split:
+                raise DataError(f"{root / file}: {name} is in {OFFICIAL_LISTS[listed[name]]} too; expected one of them")
+    missing = [name for name in names if name not in listed]
+    if missing:
+        raise DataError(
+            f"{table}: {len(missing)} of {len(names)} images are in neither {' nor '.join(OFFICIAL_LISTS.values())}, "
+            f"the first is {missing[0]}; complete the lists or set dataset.split=grouped"
+        )
+    return np.array([SPLITS.index(listed[name]) for name in names], np.uint8)
+
+
+def image_folders(root: Path) -> list[Path]:
+    """`images`, then `images_001/images` … (or `images_001` itself), as far as they exist."""
+    flat = [root / "images"]
+    numbered = sorted(root.glob("images_[0-9][0-9][0-9]"))
+    nested = [part / "images" if (part / "images").is_dir() else part for part in numbered]
+    return [folder for folder in flat + nested if folder.is_dir()]
+
+
+INFO = DatasetInfo(
+    name="chestxray14",
+    title="NIH ChestX-ray14",
+    classes=CLASSES,
+    group_kind="patient",
+    single_label=False,
+    channels=1,
+    synthetic=False,
+    licence="NIH Clinical Center: free use with attribution",
+    notes=(
+        "Labels were mined from radiology reports.",
+        "RAD-DINO was pretrained on images of ChestX-ray14: test images may have been seen unlabelled.",
+    ),
+)
+ADAPTER = Adapter(INFO, read_table, image_folders)

@@ -1,0 +1,165 @@
+"""Images decoded once into a memory map that all trials of a machine share.
+
+`pixels.u8` holds (N, S, S, C) bytes; `state.npz` the size and time of change of each file and the sha256 of each
+decoded image. At every opening all pixels are hashed (1 to 2 GB a second, no more than the first epoch reads anyway):
+images whose file changed, or whose pixels do not fit their hash, are decoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+
+from trainables.data.decode import decode
+from trainables.data.index import DataError, Index
+from trainables.data.registry import locate
+
+_log = logging.getLogger(__name__)
+
+Fit = Literal["crop", "squash"]
+Hashes = npt.NDArray[np.uint8]  # (N, 32) sha256 of each image's pixels
+Stamps = npt.NDArray[np.int64]  # (N, 2) size in bytes, time of change in ns
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """The decoded images of an index.
+
+    Attributes:
+        pixels: (N, S, S, C) uint8, read-only, in the index's order; C = 1 grey or 3 RGB.
+        contents_digest: sha256 over the sha256 of each image's pixels, in the index's order.
+        decoded: how many images this opening decoded.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    contents_digest: str
+    decoded: int
+
+    @classmethod
+    def open(cls, index: Index, root: Path, *, image_size: int, fit: Fit, folder: Path, workers: int = 1) -> ImageCache:
+        """Open the cache under `folder`, decoding what is missing from it.
+
+        Several processes may open one cache at the same time: one decodes, the others wait for it.
+
+        Args:
+            index: whose images, in its order.
+            root: folder of the data set.
+            image_size: S, px.
+            fit: 'crop' scales the shorter side to S and takes the centre; 'squash' scales both sides to S.
+            folder: of all caches.
+            workers: threads that decode.
+
+        Raises:
+            DataError: images that are missing or cannot be read.
+        """
+        paths = locate(index, root)
+        stamps = _stamps(paths)
+        store = _Store.of(index, image_size, fit, folder)
+        stored = store.load()
+        if stored is None or len(stored.outdated(stamps)):
+            with FileLock(store.folder.with_suffix(".lock")):
+                # Another process may have decoded meanwhile.
+                return _complete(store, store.load(), paths, stamps, workers)
+        return _opened(stored, 0)
+
+
+def images_to_decode(index: Index, image_size: int, fit: Fit, folder: Path) -> int:
+    """How many images opening the cache will decode, as far as can be told without the image files: all or none."""
+    return 0 if _Store.of(index, image_size, fit, folder).exists() else len(index)
+
+
+def cache_bytes(index: Index, image_size: int) -> int:
+    """Size of the cache's pixels on disk."""
+    return len(index) * image_size * image_size * index.channels
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A cache as it lies on disk, pixels already hashed."""
+
+    pixels: npt.NDArray[np.uint8]
+    stamps: Stamps
+    stated: Hashes
+    actual: Hashes
+
+    def outdated(self, stamps: Stamps) -> npt.NDArray[np.intp]:
+        """Images to decode again."""
+        return np.flatnonzero((self.stamps != stamps).any(1) | self.broken())
+
+    def broken(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the pixels differ from what was decoded."""
+        return (self.stated != self.actual).any(1)
+
+
+@dataclass(frozen=True)
+class _Store:
+    """The files of one cache. `state.npz` is renamed into place last and names its pixel file."""
+
+    folder: Path
+    shape: tuple[int, int, int, int]
+    fit: Fit
+
+    @classmethod
+    def of(cls, index: Index, image_size: int, fit: Fit, folder: Path) -> _Store:
+        h = hashlib.sha256(f"{image_size} {fit} {index.channels} {len(index)}\0".encode())
+        h.update("\0".join(index.names.tolist()).encode())
+        name = f"{index.dataset}-{image_size}-{fit}-{h.hexdigest()[:16]}"
+        return cls(folder / name, (len(index), image_size, image_size, index.channels), fit)
+
+    def exists(self) -> bool:
+        """Whether a cache lies there, its pixel file of the right size."""
+        state = self._state()
+        return state is not None and _size(self.folder / str(state["file"])) == self._bytes()
+
+    def load(self) -> _Stored | None:
+        """Map and hash the stored pixels; None if there are none, or if they cannot be used."""
+        state = self._state()
+        if state is None:
+            return None
+        path = self.folder / str(state["file"])
+        if _size(path) != self._bytes():
+            _log.warning("%s: %s bytes instead of %d; decoding anew", path, _size(path), self._bytes())
+            return None
+        pixels = np.memmap(path, np.uint8, "r", shape=self.shape)
+        return _Stored(pixels, state["stamps"], state["hashes"], _hashes(pixels))
+
+    def save(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
+        """Commit a written pixel file, then remove what no state names any more."""
+        partial = self.folder / f"state-{uuid4().hex}.partial"
+        with partial.open("wb") as file:
+            np.savez(file, file=np.array(path.name), stamps=stamps, hashes=hashes)
+        partial.replace(self.folder / "state.npz")
+        self.sweep(keep=path)
+
+    def sweep(self, keep: Path | None = None) -> None:
+        """Remove files of killed processes and former pixels; the caller holds the lock."""
+        for path in self.folder.iterdir():
+            if path != keep and path.name != "state.npz":
+                path.unlink()
+
+    def _state(self) -> dict[str, npt.NDArray[np.generic]] | None:
+        path = self.folder / "state.npz"
+        if not path.exists():
+            return None
+        try:
+            with np.load(path) as stored:
+                state = {name: stored[name] for name in ("file", "stamps", "hashes")}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            _log.warning("%s: damaged (%s); decoding anew", path, error)
+            return None
+        return state
+
+    def _bytes(self) -> int:
+        return int(np.prod(self.shape))

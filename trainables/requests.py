@@ -1,0 +1,114 @@
+"""What a worker is asked to run: plain data without torch, so that a plan can be made and sent anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainables.settings import EmaSettings, Settings, StoppingSettings
+
+RAW = "raw"  # name of the weights that are not averaged
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Device kind, number of threads and precision of a trial; all three are part of every stage's key."""
+
+    device: Literal["cpu", "cuda"]
+    threads: int
+    precision: Literal["fp32", "bf16"]
+
+
+def copy_name(decay: float | None, tau: float) -> str:
+    """Name of the weights an observer evaluates: 'raw', or the decay and τ of the averaged copy."""
+    return RAW if decay is None else f"ema {decay:g} tau {tau:g}"
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A row's way of looking at a trajectory: which weights it evaluates and when it stops.
+
+    Attributes:
+        decay, tau: the averaged copy; decay None evaluates the raw weights.
+        patience: epochs without improvement before it stops; None never stops.
+    """
+
+    decay: float | None
+    tau: float
+    patience: int | None
+
+    @classmethod
+    def of(cls, ema: EmaSettings, stopping: StoppingSettings) -> Observer:
+        """The observer that a row's settings describe."""
+        return cls(ema.decay, ema.tau if ema.decay is not None else 0.0, stopping.patience)
+
+    @property
+    def copy(self) -> str:
+        """Name of the weights it evaluates."""
+        return copy_name(self.decay, self.tau)
+
+    @property
+    def name(self) -> str:
+        """Unique name, also of its result."""
+        return f"{self.copy} patience {self.patience}"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """An observer with the leaves it is followed to.
+
+    Attributes:
+        leaves: keys of the last epochs of the cells that see the trajectory through this observer.
+    """
+
+    observer: Observer
+    leaves: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """Which frozen prefixes may be cached.
+
+    Attributes:
+        identity: digest of what activations depend on besides the image contents: initial weights, transforms, compute.
+        positions: positions that the plan found worth caching; none turns caches off.
+        dtype: float32 for bit-identity, float16 as a labelled tolerance mode.
+        when: 'auto' uses a cache only where measured reading beats recomputing; 'always' skips the measurement.
+    """
+
+    identity: str
+    positions: tuple[int, ...]
+    dtype: Literal["float32", "float16"] = "float32"
+    when: Literal["auto", "always"] = "auto"
+
+
+@dataclass(frozen=True)
+class TrialRequest:
+    """A chain of epochs of one trajectory, and everything a worker needs to train it.
+
+    Attributes:
+        name: shown in dashboards and messages: row, data set, seed, epochs.
+        settings: of any of its cells; what influences the trajectory is equal in all of them.
+        keys: key of the state after each epoch, from the trajectory's first to this trial's last.
+        first: epochs completed where its parent ends.
+        watches: observers of all cells at or below this trial.
+        keep: keys whose states stay after the trial, because others start there.
+        root: folder of the data set's images; for phantoms the place they are drawn to.
+        mixed: go on from states of other hardware or library versions.
+    """
+
+    name: str
+    settings: Settings
+    seed: int
+    keys: tuple[str, ...]
+    first: int
+    watches: tuple[Watch, ...]
+    keep: frozenset[str]
+    cache: CacheRequest
+    compute: Compute
+    mixed: bool = False
+
+    @property
+    def last(self) -> int:
+        """Epochs completed at the trial's end."""
+        return len(self.keys)
