@@ -51,7 +51,7 @@ def requirements(pyproject: dict[str, Any]) -> list[str]:
 
 
 def resolve(wanted: list[str], constraints: Path | None) -> dict[str, Any]:
-    """pip's installation report (version 1) for an empty environment.
+    """The installation report of pip (version 1) for an empty environment.
 
     Raises:
         SystemExit: pip found no resolution; pip has printed why.

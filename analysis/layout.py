@@ -114,8 +114,7 @@ def class_tables(table: StudyTable) -> list[TextTable]:
         for start in range(0, len(grid.rows), _CLASS_COLUMNS):
             chosen = range(start, min(start + _CLASS_COLUMNS, len(grid.rows)))
             lines = tuple((label, *(_grid_cell(grid, row, j) for row in chosen)) for j, label in enumerate(grid.labels))
-            prefix = grid.columns[0].partition("/")[0]
-            what = f"{prefix} by class on {dataset_name(table, grid.dataset)}, mean ± std over seeds"
+            what = f"{metric_name(grid)} by class on {dataset_name(table, grid.dataset)}, mean ± std over seeds"
             columns = ("Class", *(grid.rows[row] for row in chosen))
             tables.append(TextTable(what, columns, (("", lines),), (True, *[False] * len(chosen))))
     return tables
@@ -269,6 +268,12 @@ def dataset_name(table: StudyTable, dataset: str) -> str:
     return f"{dataset} (synthetic)" if dataset in table.header.synthetic else dataset
 
 
+def metric_name(grid: MetricGrid) -> str:
+    """What a per-class grid measures, as it is read: `auc/Hernia` → AUC."""
+    prefix = grid.columns[0].partition("/")[0]
+    return prefix.upper() if prefix in ("auc", "ap") else prefix
+
+
 def row_name(line: TableLine) -> str:
     """A row's name, flagged where it equals another row."""
     flags = [f"no-op: equals {other} at seed {', '.join(map(str, seeds))}" for other, seeds in line.noop_of.items()]
@@ -309,7 +314,7 @@ def _compared(comparison: Comparison) -> tuple[str, ...]:
         signed(paired.delta),
         interval(paired.low, paired.high),
         number(paired.dz, 2),
-        number(paired.detectable_delta),
+        number(paired.detectable_delta) if paired.std > 0 else NOTHING,  # no spread, nothing to scale d_z by
         p_value(comparison.p_holm) + mark,
     )
 

@@ -6,18 +6,17 @@ the ledger's writer as well, so that both sides refuse the same bad addresses in
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pandas as pd
@@ -25,16 +24,21 @@ from pydantic import ValidationError
 
 from analysis import schema
 from analysis.schema import StudyHeader
+from analysis.tracking import (
+    LOCK_PATIENCE_S,
+    SQLITE,
+    LedgerError,
+    check_database,
+    environment,
+    first_line,
+    sqlite_path,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-log = logging.getLogger(__name__)
-
-SQLITE = "sqlite:///"
 PROBE_TIMEOUT_S = 4  # for connecting and again for the answer: an unreachable server is told within 8 s
-LOCK_PATIENCE_S = 60  # how long a locked database is waited for
 MISSING = "MISSING"  # status of a declared cell without a run
 
 
@@ -141,22 +145,30 @@ class Predictions(dict[str, Path]):
         return [self[run_id] for run_id in self]
 
     def _resolve(self, run_id: str, artifact_uri: str) -> Path:
+        address = urlsplit(artifact_uri)
+        if address.scheme in ("", "file"):
+            path = Path(url2pathname(address.path) if address.scheme else artifact_uri, schema.PREDICTIONS)
+            if path.is_file():
+                return path
+            raise LedgerError(
+                f"run {run_id} had its predictions at {path}, which is gone: put the folder of artifacts back, or delete "
+                "the run and run the study again"
+            )
+        return self._download(run_id)
+
+    def _download(self, run_id: str) -> Path:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="spft-predictions-")
-        target = Path(self._folder.name) / run_id
-        target.mkdir(exist_ok=True)
+        folder = Path(self._folder.name, run_id)
+        folder.mkdir(exist_ok=True)
         try:
-            client = MlflowClient(self._tracking_uri)
-            if urlsplit(artifact_uri).scheme in ("", "file"):  # local: MLflow returns the file itself
-                return Path(client.download_artifacts(run_id, schema.PREDICTIONS))
-            return Path(client.download_artifacts(run_id, schema.PREDICTIONS, str(target)))
+            return Path(MlflowClient(self._tracking_uri).download_artifacts(run_id, schema.PREDICTIONS, str(folder)))
         except (MlflowException, OSError) as error:
             raise LedgerError(
-                f"{schema.PREDICTIONS} of run {run_id} cannot be read from {artifact_uri} ({_first_line(error)}): "
-                "put the artifacts back, or run the study again with the same storage"
+                f"{schema.PREDICTIONS} of run {run_id} cannot be had from {self._tracking_uri}: {first_line(error)}"
             ) from error
 
 
@@ -176,7 +188,7 @@ def connect(tracking_uri: str) -> MlflowClient:
 
     scheme = urlsplit(tracking_uri).scheme
     if tracking_uri.startswith(SQLITE):
-        _check_database(sqlite_path(tracking_uri))
+        check_database(sqlite_path(tracking_uri))
     elif scheme not in ("http", "https"):
         raise LedgerError(f"{tracking_uri!r} is no tracking URI: expected sqlite:///FILE or http(s)://SERVER")
     try:
@@ -187,7 +199,7 @@ def connect(tracking_uri: str) -> MlflowClient:
         remedy = "start the MLflow server or correct the address"
         if tracking_uri.startswith(SQLITE):
             remedy = f"bring its schema up to date (`mlflow db upgrade {tracking_uri}`), or name another file"
-        raise LedgerError(f"the ledger at {tracking_uri} cannot be used: {_first_line(error)}; {remedy}") from error
+        raise LedgerError(f"the ledger at {tracking_uri} cannot be used: {first_line(error)}; {remedy}") from error
     return client
 
 
@@ -195,6 +207,7 @@ def quiet_mlflow() -> None:
     """Turn off MLflow's telemetry and its notes on success; a user's own setting of a variable stays."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow  # noqa: F401  (importing it sets up the loggers that are turned down here)
 
     logging.getLogger("mlflow.store").setLevel(logging.WARNING)  # 'Creating initial MLflow database tables…'
@@ -225,7 +238,7 @@ def _find_study(client: MlflowClient, tracking_uri: str, study: str) -> tuple[st
                 return experiment.experiment_id, header
     except (ValidationError, KeyError, json.JSONDecodeError) as error:
         raise LedgerError(
-            f"the header of study {study!r} in {tracking_uri} is unreadable ({_first_line(error)}): it was written by "
+            f"the header of study {study!r} in {tracking_uri} is unreadable ({first_line(error)}): it was written by "
             "another version; run the study again to write it anew (finished cells are not trained again)"
         ) from error
     known = sorted(e.name for e in client.search_experiments() if schema.TAG_HEADER in e.tags)
@@ -248,7 +261,7 @@ Place = tuple[str, str, int]  # data set, row, seed
 
 
 def _cells_by_place(header: StudyHeader, runs: Iterable[Run]) -> dict[Place, Run]:
-    """The declared cells that have a run."""
+    """The declared cells that have a run, in table order."""
     cells: dict[Place, Run] = {}
     for run in runs:
         tags = run.data.tags
@@ -259,32 +272,29 @@ def _cells_by_place(header: StudyHeader, runs: Iterable[Run]) -> dict[Place, Run
                 f"{place[0]!r}: {cells[place].info.run_id} and {run.info.run_id}; run the study again to mend it"
             )
         cells[place] = run
-    declared = {(d, r, s) for d in header.datasets for r in header.rows for s in header.seeds}
-    return {place: run for place, run in cells.items() if place in declared}
+    return {place: cells[place] for place in _declared(header) if place in cells}
+
+
+def _declared(header: StudyHeader) -> list[Place]:
+    return [(d, r, s) for d in header.datasets for r in header.rows for s in header.seeds]
 
 
 def _cells_frame(header: StudyHeader, cells: Mapping[Place, Run]) -> pd.DataFrame:
-    lines = [
-        _facts(header, (dataset, row, seed), index, cells.get((dataset, row, seed)))
-        for dataset in header.datasets
-        for index, row in enumerate(header.rows)
-        for seed in header.seeds
-    ]
-    frame = pd.DataFrame(lines, dtype=object).astype({"row_index": int, "seed": int, "best_epoch": "Int64"})
-    metrics = pd.DataFrame(
-        [_test_metrics(cells.get((line["dataset"], line["row"], line["seed"]))) for line in lines], dtype=float
-    )
+    places = _declared(header)
+    facts = [_facts(header, place, cells.get(place)) for place in places]
+    frame = pd.DataFrame(facts, dtype=object).astype({"row_index": int, "seed": int, "best_epoch": "Int64"})
+    metrics = pd.DataFrame([_test_metrics(cells.get(place)) for place in places], dtype=float)
     return pd.concat([frame, metrics], axis=1)
 
 
-def _facts(header: StudyHeader, place: Place, row_index: int, run: Run | None) -> dict[str, Any]:
+def _facts(header: StudyHeader, place: Place, run: Run | None) -> dict[str, Any]:
     tags: Mapping[str, str] = run.data.tags if run is not None else {}
     best = tags.get(schema.TAG_BEST_EPOCH)
     return {
         "study": header.study,
         "dataset": place[0],
         "row": place[1],
-        "row_index": row_index,
+        "row_index": header.rows.index(place[1]),
         "seed": place[2],
         "status": MISSING if run is None else _status(run),
         "error": tags.get(schema.TAG_ERROR) or None,

@@ -9,11 +9,15 @@ import contextlib
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SQLITE = "sqlite:///"
 LOCK_PATIENCE_S = 60  # how long a locked database is waited for
@@ -33,7 +37,7 @@ def sqlite_path(tracking_uri: str) -> Path:
     return Path(name).absolute()
 
 
-def _check_database(path: Path) -> None:
+def check_database(path: Path) -> None:
     """Refuse what is not an MLflow database before MLflow would create or alter it, or retry for minutes."""
     if not path.is_file():
         raise LedgerError(f"there is no ledger at {path}: run a study first, or give its --storage or --tracking-uri")
@@ -58,7 +62,8 @@ def _tables(path: Path) -> set[str]:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path) -> None:
+    """Make sure that a folder exists and can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,25 +72,33 @@ def _prepare_folder(folder: Path) -> None:
         raise LedgerError(f"the folder {folder} is read-only: choose another storage or allow writing there")
 
 
-def _prepare_database(path: Path) -> None:
-    """Make sure that an MLflow database can be written at this path.
+def prepare_database(path: Path, create: Callable[[Path], None]) -> None:
+    """Make sure that a database can be written at this path; `create` makes one in a folder of its own.
 
-    A new one is made beside it and moved there complete: MLflow takes seconds over its tables, and a driver killed
-    meanwhile would leave a database that no later start can use.
+    A new database is moved to its place complete: MLflow takes seconds over its tables, and a driver killed meanwhile
+    would leave a database that no later start can use.
     """
-    _prepare_folder(path.parent)
+    prepare_folder(path.parent)
     if path.is_dir():
         raise LedgerError(f"{path} is a folder: name a file in it, as in {SQLITE}{path / 'mlflow.db'}")
     if not path.exists() or path.stat().st_size == 0:
-        _create_database(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            new = Path(folder, path.name)
+            create(new)
+            path.unlink(missing_ok=True)  # an empty file
+            _move_unless_taken(new, path)
     if not os.access(path, os.W_OK):
         raise LedgerError(f"the database {path} is read-only: choose another storage or allow writing there")
+
+
+def _move_unless_taken(new: Path, path: Path) -> None:
+    """Another driver may have been first, and its database may be in use by now: a link never replaces it."""
     try:
-        with closing(sqlite3.connect(path, timeout=LOCK_PATIENCE_S, isolation_level=None)) as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.execute("ROLLBACK")
-    except sqlite3.DatabaseError as error:
-        raise LedgerError(f"{path} is not a usable SQLite database ({error}): name another file or move it") from error
+        path.hardlink_to(new)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        new.replace(path)
 
 
 @contextlib.contextmanager
@@ -103,8 +116,43 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that database errors append."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
 
 
+def patiently(
+    action: Callable[[], T], what: str, errors: tuple[type[Exception], ...], patience_s: float = LOCK_PATIENCE_S
+) -> T:
+    """The result of an action that may be repeated, tried again while a lock or an absent server makes it fail.
+
+    Raises:
+        LedgerError: one of `errors` that waiting does not mend, or still fails when patience has ended.
+    """
+    give_up, pause_s = time.monotonic() + patience_s, 0.2
+    while True:
+        try:
+            return action()
+        except errors as error:
+            if not _passing(error):
+                raise LedgerError(f"{what} failed: {first_line(error)}") from error
+            if time.monotonic() > give_up:
+                raise LedgerError(
+                    f"{what} failed for {patience_s:g} s: {first_line(error)}; end the process that locks the "
+                    "database, or start its server, and run the study again: it resumes"
+                ) from error
+            log.warning("%s: locked or away (%s); trying again", what, first_line(error))
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 5.0)
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether an error may pass by waiting: a lock, or a server that is away, restarting or busy."""
+    import requests
+
+    if isinstance(error, OSError):  # of requests too; but a full disk does not pass
+        return isinstance(error, requests.ConnectionError | requests.Timeout)
+    text, code = str(error), getattr(error, "error_code", "")
+    lost = text.startswith("API request to") and ("failed with exception" in text or "timeout exception" in text)
+    return lost or "database is locked" in text or code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")

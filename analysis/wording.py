@@ -15,19 +15,44 @@ _NAMED = 30  # absent cells spelled out under a table; the report and cells.csv 
 
 
 def table_notes(table: StudyTable) -> list[str]:
-    """The sentences under the main table: what its figures are, what is missing, what limits them."""
-    header = table.header
-    notes = [_synthetic(table)] if header.synthetic else []
-    notes += [f"Attention: {problem}" for problem in table.problems]
-    notes.append(
-        f"{header.metric_label}: mean ± sample standard deviation (n − 1) over n seeds, at the epoch chosen on "
+    """The sentences under the main table where nothing else stands: figures, gaps, limits, data."""
+    synthetic = [_synthetic(table)] if table.header.synthetic else []
+    problems = [f"Attention: {problem}" for problem in table.problems]
+    return [*synthetic, *problems, *figure_notes(table), *data_notes(table)]
+
+
+def figure_notes(table: StudyTable) -> list[str]:
+    """What the main table's figures are, and which cells are in none of them."""
+    notes = [
+        f"{table.header.metric_label}: mean ± sample standard deviation (n − 1) over n seeds, at the epoch chosen on "
         "validation. The best run stands apart and is compared with nothing."
-    )
+    ]
     if table.comparisons:
         notes += comparison_notes(table)
-    notes += _absent_notes(table.absent)
-    notes += _noop_notes(table)
-    return notes + class_notes(table) + list(header.notes)
+    return notes + absent_notes(table.absent) + noop_notes(table)
+
+
+def data_notes(table: StudyTable) -> list[str]:
+    """Classes that are in no figure, then what the study itself states: leakage, splits, tolerance modes."""
+    return class_notes(table) + list(table.header.notes)
+
+
+def patient_notes(noise: Sequence[PatientNoise]) -> list[str]:
+    """How the intervals over test patients were made."""
+    if not noise:
+        return []
+    notes = [
+        "Percentile bootstrap over whole groups (patients or lesions), the same draws for all rows; a difference is "
+        "the mean over the seeds of the pairs. DeLong's intervals by class take images as independent. Neither "
+        "includes the noise of training."
+    ]
+    incomplete = max(n.macro.incomplete for n in noise)
+    if incomplete:
+        notes.append(
+            f"In up to {incomplete} of {max(n.draws for n in noise)} draws some class had one value only; the macro of "
+            "such a draw is over the other classes."
+        )
+    return notes
 
 
 def comparison_notes(table: StudyTable) -> list[str]:
@@ -53,12 +78,12 @@ def comparison_notes(table: StudyTable) -> list[str]:
 
 def what_pairs_show(n: int) -> str:
     """What a comparison of n pairs can and cannot show."""
-    dz = detectable_dz(n)
+    dz, least = detectable_dz(n), smallest_attainable_p(n)
     if dz is None:
         return f"With {n} pair{'s' * (n != 1)} nothing can be said about the spread: no interval, no test."
     return (
         f"With {n} pairs the 95 % interval is ±{half_width_in_std(n):.2f} sd of the differences, effects of "
-        f"d_z ≥ {dz:.2f} are detected at 80 % power, and a rank test cannot go below p = {smallest_attainable_p(n):.3g}."
+        f"d_z ≥ {dz:.2f} are detected at 80 % power, and a rank test cannot go below p = {least:.3g}."
     )
 
 
@@ -147,7 +172,8 @@ def _synthetic(table: StudyTable) -> str:
     return f"SYNTHETIC: the images of {drawn} are drawn, not taken; no figure on them says anything about patients."
 
 
-def _absent_notes(absent: Sequence[AbsentCell]) -> list[str]:
+def absent_notes(absent: Sequence[AbsentCell]) -> list[str]:
+    """Cells without a result, by name."""
     if not absent:
         return []
     named = [
@@ -158,7 +184,8 @@ def _absent_notes(absent: Sequence[AbsentCell]) -> list[str]:
     return [f"Without a result, in no mean and in no pair: {'; '.join(named)}{more}."]
 
 
-def _noop_notes(table: StudyTable) -> list[str]:
+def noop_notes(table: StudyTable) -> list[str]:
+    """Rows that equal another row."""
     return [
         f"{line.dataset} · {line.row} is a no-op: same trajectory and observer as {other} at seed "
         f"{', '.join(map(str, seeds))}; its change has no effect there."

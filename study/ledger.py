@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shlex
 import shutil
 import tempfile
@@ -22,21 +21,45 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from analysis import schema
-from analysis.records import (
+from analysis.records import connect, find_runs, quiet_mlflow
+from analysis.schema import CellStatus, StudyHeader, metric_key
+from analysis.tracking import (
     LOCK_PATIENCE_S,
     SQLITE,
     LedgerError,
-    connect,
     environment,
-    find_runs,
-    quiet_mlflow,
+    patiently,
+    prepare_database,
+    prepare_folder,
     sqlite_path,
 )
-from analysis.schema import CellStatus, StudyHeader, metric_key
+from study.ledger_entries import (
+    DIGEST_LENGTH,
+    PARAM_LENGTH,
+    TAG_LENGTH,
+    CellHeader,
+    CellOutcome,
+    Epoch,
+    RowHeader,
+    aggregates,
+    as_json,
+    check_declaration,
+    check_tag,
+    checked_key,
+    file_digest,
+    keep_counted,
+    outcome_digest,
+    outcome_metrics,
+    outcome_tags,
+    row_status,
+    same,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -46,8 +69,7 @@ __all__ = ["CellHeader", "CellOutcome", "Epoch", "Ledger", "LedgerError", "RowHe
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-METRICS_A_BATCH, TAGS_A_BATCH = 1000, 100  # MLflow's limits of one log_batch (parameters as tags)
-PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36  # MLflow's limits, characters
+METRICS_A_BATCH, TAGS_A_BATCH = 1000, 100  # MLflow's limits of one log_batch; parameters as tags
 RUN_STATUS = {"RUNNING": "RUNNING", "FINISHED": "FINISHED", "FAILED": "FAILED", "PRUNED": "KILLED"}
 
 
@@ -98,9 +120,9 @@ class Ledger:
         if tracking_uri.startswith(SQLITE):
             database = sqlite_path(tracking_uri)
             tracking_uri = f"{SQLITE}{database}"
-            _prepare_database(database)
+            prepare_database(database, _create_database)
             self.artifact_root = (artifact_root or database.parent / "artifacts").absolute()
-            _prepare_folder(self.artifact_root)
+            prepare_folder(self.artifact_root)
         elif artifact_root is not None:
             raise LedgerError(f"{tracking_uri} keeps artifacts itself: give an artifact root only with a local store")
         self.tracking_uri = tracking_uri
@@ -122,13 +144,13 @@ class Ledger:
         Raises:
             LedgerError: the declaration contradicts itself, or a run's parameters differ from those it was logged with.
         """
-        _check_declaration(header, rows, cells)
+        check_declaration(header, rows, cells)
         self._study = header.study
         self._rows = {row.key: row for row in rows}
         self._cells = {cell.key: cell for cell in cells}
         self._find_experiment(header)
         self._records = self._find_records()
-        self._write_header(_keep_counted(header, schema.header_from_tags(self._experiment_tags)))
+        self._write_header(keep_counted(header, schema.header_from_tags(self._experiment_tags)))
         opened_ms = _now_ms()
         for row in rows:  # the UI lists the youngest first: the table's first row shall lead
             self._describe_row(row, opened_ms - row.index)
@@ -142,14 +164,14 @@ class Ledger:
     def close(self, header: StudyHeader) -> None:
         """Write what is buffered, the header, and each row's mean, sample standard deviation and n; end the rows."""
         self.flush()
-        self._write_header(_keep_counted(header, schema.header_from_tags(self._experiment_tags)))
+        self._write_header(keep_counted(header, schema.header_from_tags(self._experiment_tags)))
         for row in self._rows.values():
             cells = [key for key, cell in self._cells.items() if cell.row_key == row.key]
             records = [self._records[key] for key in cells if key in self._records]
             end_ms = max((r.end_ms for r in records if r.end_ms is not None), default=_now_ms())
             finished = [r for r in records if r.tags[schema.TAG_STATUS] == "FINISHED"]
             self._write_aggregates(row.key, finished, end_ms)
-            self._end(row.key, _row_status([self.status_of(key) for key in cells]), end_ms)
+            self._end(row.key, row_status([self.status_of(key) for key in cells]), end_ms)
 
     def _find_experiment(self, header: StudyHeader) -> None:
         from mlflow.exceptions import MlflowException
@@ -176,7 +198,7 @@ class Ledger:
 
     def _find_records(self) -> dict[str, _Record]:
         """All runs of ours in the experiment, by key; of two with one key (two drivers at once) the older counts."""
-        runs = self._persist("reading the runs", lambda: find_runs(self._client, self._experiment_id))
+        runs = self._persist("reading the runs", find_runs, self._client, self._experiment_id)
         records: dict[str, _Record] = {}
         for run in sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id)):
             key = run.data.tags.get(schema.TAG_KEY)
@@ -193,9 +215,9 @@ class Ledger:
         tags = schema.header_tags(header)
         for name, value in tags.items():
             if self._experiment_tags.get(name) != value:
-                self._persist("writing the header", lambda n=name, v=value: self._set_experiment_tag(n, v))
+                self._persist("writing the header", self._set_experiment_tag, name, value)
         for name in [n for n in self._experiment_tags if n.startswith(schema.TAG_HEADER) and n not in tags]:
-            self._persist("writing the header", lambda n=name: self._delete_experiment_tag(n))
+            self._persist("writing the header", self._delete_experiment_tag, name)
 
     def _set_experiment_tag(self, name: str, value: str) -> None:
         self._client.set_experiment_tag(self._experiment_id, name, value)
@@ -209,8 +231,8 @@ class Ledger:
 
     def _describe_row(self, row: RowHeader, start_ms: int) -> None:
         tags = self._common_tags("row", row.key, row.name, row.index, row.dataset) | {
-            schema.TAG_MARKS: _json(row.marks),
-            schema.TAG_CHANGES: _json(row.changes),
+            schema.TAG_MARKS: as_json(row.marks),
+            schema.TAG_CHANGES: as_json(row.changes),
         }
         self._describe(row.key, self._run_name(row.name, row.dataset), tags, row.params, start_ms)
 
@@ -220,7 +242,7 @@ class Ledger:
             schema.TAG_SEED: str(cell.seed),
             schema.TAG_CONFIG: cell.config_digest,
             schema.TAG_SPLIT: cell.split_digest,
-            schema.TAG_STAGES: _json(cell.stage_keys),
+            schema.TAG_STAGES: as_json(cell.stage_keys),
         }
         name = f"{self._run_name(cell.row, cell.dataset)} · seed {cell.seed}"
         self._describe(cell.key, name, tags, cell.params, start_ms)
@@ -276,8 +298,8 @@ class Ledger:
         """
         if outcome.status not in ("FINISHED", "FAILED", "PRUNED"):
             raise LedgerError(f"cell {cell_key} cannot end as {outcome.status!r}: expected FINISHED, FAILED or PRUNED")
-        predictions = None if outcome.predictions is None else _file_digest(outcome.predictions)
-        digest = _outcome_digest(outcome, predictions)
+        predictions = None if outcome.predictions is None else file_digest(outcome.predictions)
+        digest = outcome_digest(outcome, predictions)
         status = self.status_of(cell_key)
         if status == outcome.status and self._records[cell_key].tags.get(schema.TAG_OUTCOME) == digest:
             return
@@ -285,8 +307,8 @@ class Ledger:
             self._start(cell_key, outcome.end_ms)
         self._flush_cell(cell_key)
         self._write_artifacts(cell_key, outcome)
-        self._write_latest(cell_key, _outcome_metrics(outcome.metrics), outcome.end_ms)
-        self._write_tags(cell_key, _outcome_tags(outcome, predictions, self._records[cell_key].tags))
+        self._write_latest(cell_key, outcome_metrics(outcome.metrics), outcome.end_ms)
+        self._write_tags(cell_key, outcome_tags(outcome, predictions, self._records[cell_key].tags))
         self._end(cell_key, RUN_STATUS[outcome.status], outcome.end_ms)
         self._write_tags(cell_key, {schema.TAG_STATUS: outcome.status, schema.TAG_OUTCOME: digest})
 
@@ -334,11 +356,11 @@ class Ledger:
         if outcome.error is not None and len(outcome.error) > TAG_LENGTH:
             texts["error.txt"] = outcome.error
         for name, text in texts.items():
-            self._persist(f"writing {name}", lambda n=name, t=text: self._client.log_text(run_id, t, n))
+            self._persist(f"writing {name}", self._client.log_text, run_id, text, name)
         if outcome.predictions is not None:
             with tempfile.TemporaryDirectory() as folder:  # the artifact takes the file's name
                 copy = shutil.copyfile(outcome.predictions, Path(folder, schema.PREDICTIONS))
-                self._persist("writing predictions", lambda: self._client.log_artifact(run_id, str(copy)))
+                self._persist("writing predictions", self._client.log_artifact, run_id, str(copy))
 
     # -------------------------------------------------------------------------------------------- runs
 
@@ -349,7 +371,7 @@ class Ledger:
             self._records[key] = self._create(key, name, born, start_ms)
         record = self._records[key]
         if record.name != name:
-            self._persist(f"naming run {name!r}", lambda: self._client.update_run(record.run_id, name=name))
+            self._persist(f"naming run {name!r}", self._client.update_run, record.run_id, None, name)
             record.name = name
         self._write_tags(key, tags)
         self._write_params(key, params)
@@ -366,19 +388,19 @@ class Ledger:
             return found[0] if found else self._client.create_run(self._experiment_id, start_ms, tags, name)
 
         for tag, value in tags.items():
-            _check_tag(tag, value)
+            check_tag(tag, value)
         return _Record.of(self._persist(f"creating run {name!r}", create))
 
     def _resume(self, key: str) -> None:
         record = self._records[key]
         if record.status != "RUNNING":
-            self._persist("resuming a run", lambda: self._client.update_run(record.run_id, status="RUNNING"))
+            self._persist("resuming a run", self._client.update_run, record.run_id, "RUNNING")
             record.status = "RUNNING"
 
     def _end(self, key: str, status: str, end_ms: int) -> None:
         record = self._records[key]
         if (record.status, record.end_ms) != (status, end_ms):
-            self._persist("ending a run", lambda: self._client.set_terminated(record.run_id, status, end_ms))
+            self._persist("ending a run", self._client.set_terminated, record.run_id, status, end_ms)
             record.status, record.end_ms = status, end_ms
 
     def _write_tags(self, key: str, tags: Mapping[str, str]) -> None:
@@ -387,7 +409,7 @@ class Ledger:
         record = self._records[key]
         changed = {name: value for name, value in tags.items() if record.tags.get(name) != value}
         for name, value in changed.items():
-            _check_tag(name, value)
+            check_tag(name, value)
         for part in _parts([RunTag(name, value) for name, value in changed.items()], TAGS_A_BATCH):
             self._log_batch(key, tags=part)
         record.tags |= changed
@@ -397,17 +419,18 @@ class Ledger:
         from mlflow.entities import Param
 
         record = self._records[key]
-        wanted = {metric_key(name): _shortened(value) for name, value in params.items()}
+        wanted = {metric_key(name): shortened(value) for name, value in params.items()}
         differing = [name for name, value in wanted.items() if record.params.get(name, value) != value]
         if differing:
             raise LedgerError(
-                f"run {record.name!r} of study {self._study!r} was logged with other values of {', '.join(differing[:3])}: "
+                f"run {record.name!r} of study {self._study!r} was logged with other values of "
+                f"{', '.join(differing[:3])}: "
                 "a parameter never changes, so the key of a run must change with it; or give the study another name"
             )
         new = [Param(name, value) for name, value in wanted.items() if name not in record.params]
         if new and any(len(value) > PARAM_LENGTH for value in params.values()):
             text = json.dumps(dict(params), indent=1, sort_keys=True)
-            self._persist("writing parameters", lambda: self._client.log_text(record.run_id, text, "parameters.json"))
+            self._persist("writing parameters", self._client.log_text, record.run_id, text, "parameters.json")
         for part in _parts(new, TAGS_A_BATCH):
             self._log_batch(key, params=part)
         record.params |= wanted
@@ -420,7 +443,7 @@ class Ledger:
         if (cell.dataset, digest) not in record.inputs:
             source = json.dumps({"uri": cell.dataset_source})
             inputs = [DatasetInput(Dataset(cell.dataset, digest, "local", source))]
-            self._persist("logging the data set", lambda: self._client.log_inputs(record.run_id, inputs))
+            self._persist("logging the data set", self._client.log_inputs, record.run_id, inputs)
             record.inputs.add((cell.dataset, digest))
 
     def _write_latest(self, key: str, values: Mapping[str, float], time_ms: int) -> None:
@@ -431,9 +454,9 @@ class Ledger:
         for name, value in values.items():
             time_of_key = time_ms
             if name in record.metrics:
-                if _same(record.metrics[name], value):
+                if same(record.metrics[name], value):
                     continue
-                history = self._persist("reading", lambda n=name: self._client.get_metric_history(record.run_id, n))
+                history = self._persist("reading", self._client.get_metric_history, record.run_id, name)
                 time_of_key = max(time_ms, 1 + max(metric.timestamp for metric in history))
             changed.append(Metric(name, value, time_of_key, 0))
         for part in _parts(changed, METRICS_A_BATCH):
@@ -441,72 +464,41 @@ class Ledger:
         record.metrics |= {metric.key: metric.value for metric in changed}
 
     def _write_aggregates(self, row_key: str, finished: Sequence[_Record], time_ms: int) -> None:
-        values = _aggregates([record.metrics for record in finished])
+        values = aggregates([record.metrics for record in finished])
         for name in self._records[row_key].metrics.keys() - values.keys():  # of seeds that are declared no more
             values[name] = 0.0 if name.endswith("/n") else math.nan
         self._write_latest(row_key, values, time_ms)
 
     def _log_batch(self, key: str, **what: Sequence[Any]) -> None:
         run_id = self._records[key].run_id
-        self._persist(f"writing {next(iter(what))}", lambda: self._client.log_batch(run_id, **what))
+        self._persist(f"writing {next(iter(what))}", partial(self._client.log_batch, run_id, **what))
 
-    def _persist(self, what: str, action: Callable[[], T]) -> T:
+    def _persist(self, what: str, action: Callable[..., T], *args: Any) -> T:
         """Do what may be repeated, until the store takes it or patience ends."""
         from mlflow.exceptions import MlflowException
 
-        give_up, pause_s = time.monotonic() + self.PATIENCE_S, 0.2
-        while True:
-            try:
-                with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):  # its own retries may take minutes, or do twice
-                    return action()
-            except (MlflowException, OSError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-                if not _passing(error):
-                    raise LedgerError(f"{what} failed in the ledger at {self.tracking_uri}: {reason}") from error
-                if time.monotonic() > give_up:
-                    raise LedgerError(
-                        f"{what} failed for {self.PATIENCE_S} s in the ledger at {self.tracking_uri} ({reason}): end the "
-                        "process that locks it, or start its server, and run the study again; it resumes"
-                    ) from error
-                log.warning("%s: the ledger is locked or away (%s); trying again", what, reason)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 5.0)
+        def once() -> T:
+            with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):  # its own retries take minutes, and may do twice
+                return action(*args)
 
-
-# ------------------------------------------------------------------------------------------------ local stores
+        return patiently(once, f"{what} (ledger {self.tracking_uri})", (MlflowException, OSError), self.PATIENCE_S)
 
 
 def _create_database(path: Path) -> None:
+    """MLflow's tables in a new file."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        new = Path(folder, path.name)
-        SqlAlchemyStore(f"{SQLITE}{new}", str(path.parent / "artifacts")).engine.dispose()
-        path.unlink(missing_ok=True)  # an empty file
-        with suppress(FileExistsError):  # another driver was first, and its database may be in use
-            os.link(new, path)
+    SqlAlchemyStore(f"{SQLITE}{path}", str(path.parent / "artifacts")).engine.dispose()
 
 
-# ------------------------------------------------------------------------------------------------ pure helpers
+def _metrics(values: Mapping[str, float], time_ms: int, step: int) -> list[Metric]:
+    from mlflow.entities import Metric
 
-
-def _passing(error: BaseException) -> bool:
-    """Whether an error may pass by waiting: a lock, or a server that is away, restarting or busy."""
-    import requests
-
-    if isinstance(error, OSError):  # of requests too; but a full disk does not pass
-        return isinstance(error, requests.ConnectionError | requests.Timeout)
-    text, code = str(error), getattr(error, "error_code", "")
-    lost = text.startswith("API request to") and ("failed with exception" in text or "timeout exception" in text)
-    return lost or "database is locked" in text or code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+    return [Metric(checked_key(name), float(value), time_ms, step) for name, value in values.items()]
 
 
 def _parts(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def _now_ms() -> int:

@@ -9,11 +9,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from analysis import schema
 from analysis.schema import CellStatus, StudyHeader, metric_key
 from analysis.tracking import LedgerError
+
+T = TypeVar("T")
+
+PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36  # MLflow's limits, characters
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class CellOutcome:
     predictions: Path | None = None
 
 
-def _check_declaration(header: StudyHeader, rows: Sequence[RowHeader], cells: Sequence[CellHeader]) -> None:
+def check_declaration(header: StudyHeader, rows: Sequence[RowHeader], cells: Sequence[CellHeader]) -> None:
+    """Refuse a declaration that contradicts itself, with all its problems at once."""
     keys = [row.key for row in rows] + [cell.key for cell in cells]
     places = [(cell.dataset, cell.row, cell.seed) for cell in cells]
     problems = [f"key {key} is used twice" for key in _twice(keys)]
@@ -104,7 +109,7 @@ def _twice(items: Sequence[T]) -> list[T]:
     return [item for item in items if item in seen or seen.add(item)]  # type: ignore[func-returns-value]
 
 
-def _keep_counted(header: StudyHeader, before: StudyHeader | None) -> StudyHeader:
+def keep_counted(header: StudyHeader, before: StudyHeader | None) -> StudyHeader:
     """A header that has not counted yet keeps what earlier launches counted."""
     if before is None or header.units.executed is not None:
         return header
@@ -112,46 +117,42 @@ def _keep_counted(header: StudyHeader, before: StudyHeader | None) -> StudyHeade
     return header.model_copy(update={"units": header.units.model_copy(update=counted)})
 
 
-def _metrics(values: Mapping[str, float], time_ms: int, step: int) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    return [Metric(_checked_key(name), float(value), time_ms, step) for name, value in values.items()]
-
-
-def _checked_key(name: str) -> str:
+def checked_key(name: str) -> str:
+    """A metric's key in MLflow, refused where it is too long."""
     key = metric_key(name)
     if len(key) > KEY_LENGTH:
         raise LedgerError(f"metric {name!r} is longer than MLflow's {KEY_LENGTH} characters: shorten its class name")
     return key
 
 
-def _outcome_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def outcome_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """'test/…' as it is; anything else belongs to the best epoch and must not mix with the curve of its name."""
     named = {name if name.startswith(schema.TEST) else schema.BEST + name: value for name, value in metrics.items()}
-    return {_checked_key(name): float(value) for name, value in named.items()}
+    return {checked_key(name): float(value) for name, value in named.items()}
 
 
-def _outcome_tags(outcome: CellOutcome, predictions: str | None, before: Mapping[str, str]) -> dict[str, str]:
+def outcome_tags(outcome: CellOutcome, predictions: str | None, before: Mapping[str, str]) -> dict[str, str]:
     """Tags of an outcome; one that has no value is emptied where an earlier attempt left one."""
     values = {
-        schema.TAG_ERROR: _shortened(outcome.error, TAG_LENGTH, "error.txt") if outcome.error else None,
+        schema.TAG_ERROR: shortened(outcome.error, TAG_LENGTH, "error.txt") if outcome.error else None,
         schema.TAG_BEST_EPOCH: None if outcome.best_epoch is None else str(outcome.best_epoch),
         schema.TAG_WEIGHTS: outcome.weights_sha256,
         schema.TAG_TRAJECTORY: outcome.trajectory_sha256,
         schema.TAG_NOOP_OF: outcome.noop_of,
         schema.TAG_PREDICTIONS: predictions,
-        schema.TAG_UNDEFINED: _json(outcome.undefined_classes),
+        schema.TAG_UNDEFINED: as_json(outcome.undefined_classes),
     }
     return {name: value or "" for name, value in values.items() if value or name in before}
 
 
-def _outcome_digest(outcome: CellOutcome, predictions: str | None) -> str:
+def outcome_digest(outcome: CellOutcome, predictions: str | None) -> str:
     """sha256 over everything but the time and the place of the predictions."""
     facts = {name: value for name, value in vars(outcome).items() if name != "end_ms"} | {"predictions": predictions}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -159,7 +160,7 @@ def _file_digest(path: Path) -> str:
         raise LedgerError(f"predictions {path} cannot be read ({error.strerror}): evaluate the cell again") from error
 
 
-def _aggregates(cells: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def aggregates(cells: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """'test/…/mean', '/std' (n−1; NaN below two) and '/n' of each test metric over the cells that define it."""
     values: dict[str, list[float]] = {}
     for metrics in cells:
@@ -173,19 +174,20 @@ def _aggregates(cells: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return result
 
 
-def _row_status(cells: Sequence[CellStatus | None]) -> str:
+def row_status(cells: Sequence[CellStatus | None]) -> str:
     """MLflow status of a row that is closed: KILLED where cells were pruned or never came to an end."""
     if "FAILED" in cells:
         return "FAILED"
     return "FINISHED" if all(status == "FINISHED" for status in cells) else "KILLED"
 
 
-def _same(a: float, b: float) -> bool:
+def same(a: float, b: float) -> bool:
+    """Whether a stored value `a` is the value `b` to store; NaN equals NaN."""
     largest = math.nextafter(math.inf, 0)  # what MLflow's SQL stores hold for inf
     return a == b or (math.isnan(a) and math.isnan(b)) or (math.isinf(b) and a == math.copysign(largest, b))
 
 
-def _shortened(value: str, limit: int = PARAM_LENGTH, artifact: str = "parameters.json") -> str:
+def shortened(value: str, limit: int = PARAM_LENGTH, artifact: str = "parameters.json") -> str:
     """A value that fits: head and tail with its length, digest and the artifact that holds it in full."""
     if len(value) <= limit:
         return value
@@ -195,6 +197,12 @@ def _shortened(value: str, limit: int = PARAM_LENGTH, artifact: str = "parameter
     return value[:head] + note + value[len(value) - (limit - head - len(note)) :]
 
 
-def _check_tag(name: str, value: str) -> None:
+def check_tag(name: str, value: str) -> None:
+    """Refuse what MLflow would cut short."""
     if len(value) > TAG_LENGTH:
         raise LedgerError(f"tag {name} has {len(value)} characters; MLflow takes {TAG_LENGTH}: shorten {value[:60]!r}…")
+
+
+def as_json(value: object) -> str:
+    """Canonical JSON for a tag."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -8,10 +8,7 @@ reason is recorded. Every row carries a checksum, verified when it is first read
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 import time
 import zlib
@@ -22,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from trainables.cache_files import DATA, ROWS, cache_name, lock, record_of, write_record
 from trainables.costs import IMAGES
 from trainables.device import autocast
 from trainables.requests import CacheRequest, Compute
@@ -81,11 +78,11 @@ class Activations:
         self._device = device
         self._request = request
         self._folder = folder
-        self._identity = hashlib.sha256(f"{request.identity}|{contents}".encode()).hexdigest()[:24]
+        self._contents = contents
         self._batch_size = batch_size
         self._opened: dict[int, PrefixCache | None] = {}
         self._position = IMAGES
-        self.events: list[str] = []  # what was recomputed, and why
+        self._events: list[str] = []  # what was recomputed, and why
 
     def enter(self, model: StagedModel, position: int) -> None:
         """Use the cache of a position from now on, building it first if no process has."""
@@ -109,7 +106,7 @@ class Activations:
 
     def key(self, position: int) -> str:
         """Name of a position's cache."""
-        return f"{self._identity}-{position}-{self._request.dtype}"
+        return cache_name(self._request.identity, self._contents, position, self._request.dtype)
 
     def fetch(self, model: StagedModel, rows: Rows) -> tuple[Tensor, int]:
         """Activations of rows on the device, and the position they are at."""
@@ -128,6 +125,11 @@ class Activations:
         """Name of the cache in use at the present position, if one serves."""
         return self.key(self._position) if self._opened.get(self._position) is not None else None
 
+    def take_events(self) -> list[str]:
+        """What did not go as planned since the last call."""
+        events, self._events = self._events, []
+        return events
+
     # -- building ---------------------------------------------------------------------------------------------------
 
     def _cached_rows(self, position: int) -> Rows:
@@ -139,7 +141,7 @@ class Activations:
         assert self._folder is not None
         folder = self._folder / self.key(position)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(folder / "lock")):
+        with lock(folder):
             if not _complete(folder):
                 self._build(model, position, folder)
         return _load(folder)
@@ -153,7 +155,7 @@ class Activations:
         shape = (len(rows), *sample.shape[1:])
         dtype = np.dtype(self._request.dtype)
         _require_space(folder, int(np.prod(shape)) * dtype.itemsize)
-        data = np.lib.format.open_memmap(part / "data.npy", mode="w+", dtype=dtype, shape=shape)
+        data = np.lib.format.open_memmap(part / DATA, mode="w+", dtype=dtype, shape=shape)
         checksums = np.empty(len(rows), dtype=np.uint32)
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
@@ -162,22 +164,18 @@ class Activations:
             checksums[start : start + len(batch)] = [zlib.crc32(np.ascontiguousarray(v).tobytes()) for v in values]
         data.flush()
         del data
-        np.savez(part / "rows.npz", rows=rows, checksums=checksums)
+        np.savez(part / ROWS, rows=rows, checksums=checksums)
         self._publish(part, folder, position)
 
     def _publish(self, part: Path, folder: Path, position: int) -> None:
-        """Move the finished files in place; `built.json` comes last and is what makes the cache complete."""
-        built = _built(folder)
-        train = len(self._task.rows("train"))
-        built["units"] = built.get("units", 0) + train * self._task.costs.forward(IMAGES, position)
-        built["builds"] = built.get("builds", 0) + 1
-        built["present"] = True
-        for name in ("data.npy", "rows.npz"):
+        """Move the finished files in place; the record comes last and is what makes the cache complete."""
+        record = record_of(folder)
+        units = len(self._task.rows("train")) * self._task.costs.forward(IMAGES, position)
+        for name in (DATA, ROWS):
             (part / name).replace(folder / name)
-        text = part / "built.json"
-        text.write_text(json.dumps(built), encoding="utf-8")
-        text.replace(folder / "built.json")
         part.rmdir()
+        counted = {"units": record.get("units", 0) + units, "builds": record.get("builds", 0) + 1}
+        write_record(folder, counted | {"present": True})
 
     def _fresh(self, model: StagedModel, rows: Rows, position: int) -> Tensor:
         with torch.no_grad(), autocast(self._compute):
@@ -215,36 +213,11 @@ class Activations:
 
     def _say(self, message: str) -> None:
         log.warning(message)
-        self.events.append(message)
-
-
-def release(folder: Path) -> None:
-    """Delete a cache's data after its last use; what it cost stays on record."""
-    if not (folder / "built.json").is_file():
-        return
-    with FileLock(str(folder / "lock")):
-        built = _built(folder) | {"present": False}
-        temporary = folder / f"built.{os.getpid()}"
-        temporary.write_text(json.dumps(built), encoding="utf-8")
-        temporary.replace(folder / "built.json")
-        (folder / "data.npy").unlink(missing_ok=True)
-        (folder / "rows.npz").unlink(missing_ok=True)
-
-
-def built_units(folder: Path) -> int:
-    """Units spent on building a cache of training images so far, over all its builds."""
-    return int(_built(folder).get("units", 0))
-
-
-def _built(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "built.json").read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError):
-        return {}
+        self._events.append(message)
 
 
 def _complete(folder: Path) -> bool:
-    if not _built(folder).get("present"):
+    if not record_of(folder).get("present"):
         return False
     try:
         _load(folder)
@@ -255,8 +228,8 @@ def _complete(folder: Path) -> bool:
 
 
 def _load(folder: Path) -> PrefixCache:
-    data = np.load(folder / "data.npy", mmap_mode="r")
-    with np.load(folder / "rows.npz") as file:
+    data = np.load(folder / DATA, mmap_mode="r")
+    with np.load(folder / ROWS) as file:
         rows, checksums = file["rows"], file["checksums"]
     if len(rows) != len(data):
         raise ValueError(f"{len(data)} rows where {len(rows)} were written")

@@ -8,7 +8,7 @@ import os
 import torch
 
 from trainables.requests import Compute
-from trainables.task import TrainingError
+from trainables.results import TrainingError
 
 
 def start(compute: Compute) -> torch.device:

@@ -21,6 +21,7 @@ from trainables.activations import Activations
 from trainables.device import autocast
 from trainables.ema import Average
 from trainables.requests import RAW, Compute
+from trainables.results import EpochRecord, TrainingError
 from trainables.settings import Settings
 from trainables.strategy import Phase, phase, rates, stream
 from trainables.task import (
@@ -28,7 +29,6 @@ from trainables.task import (
     Scores,
     StagedModel,
     Task,
-    TrainingError,
     named_tensors,
     set_phase,
     trained_tensors,
@@ -43,32 +43,6 @@ class Counted:
 
     training: int = 0
     evaluation: int = 0
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What one epoch of a trajectory did.
-
-    Attributes:
-        epoch: epochs completed, from 1.
-        time_ms: end of the epoch, milliseconds since 1970; a metric's timestamp in the ledger.
-        seconds: wall time of the epoch.
-        units, evaluation_units: counted in the loop (see `trainables.costs`).
-        metrics: 'train/loss', 'val/<copy>/<metric>', 'lr/<group>', 'unfrozen_blocks', 'class_weight/<class>'.
-        trajectory_sha256: digest of the raw weights after the epoch.
-        effective: the configuration read back from the trained objects.
-        cache: name of the activation cache that served the epoch, if one did.
-    """
-
-    epoch: int
-    time_ms: int
-    seconds: float
-    units: int
-    evaluation_units: int
-    metrics: dict[str, float]
-    trajectory_sha256: str
-    effective: dict[str, Any]
-    cache: str | None
 
 
 @dataclass
@@ -150,6 +124,7 @@ class Trajectory:
             trajectory_sha256=weights_sha256(self.model),
             effective=effective,
             cache=self._activations.used_key(),
+            events=self._activations.take_events(),
         )
 
     def phase(self) -> Phase:

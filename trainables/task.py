@@ -23,10 +23,6 @@ from trainables.strategy import Phase
 Rows = npt.NDArray[np.intp]
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on, and would not if it were tried again; the cell fails with this message."""
-
-
 class StagedModel(Protocol):
     """A model as a chain of positions, with its parts named."""
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from trainables import device
 from trainables.activations import Activations
-from trainables.loop import EpochRecord, State, Trajectory
+from trainables.loop import State, Trajectory
 from trainables.requests import Observer, TrialRequest, Watch
+from trainables.results import CellResult, EpochRecord, TrainingError
 from trainables.stopping import Followed, follow
-from trainables.task import Task, TrainingError, weights_sha256
+from trainables.task import Task, weights_sha256
 
 
 @dataclass
@@ -39,24 +40,6 @@ class Checkpoint:
     history: list[EpochRecord]
     provenance: dict[str, str]
     best: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """What a cell ends with: its observer's chosen epoch, evaluated once on the test split."""
-
-    observer: str
-    copy: str
-    best_epoch: int
-    last_epoch: int
-    stopped_early: bool
-    metrics: dict[str, float]
-    undefined: tuple[str, ...]
-    weights_sha256: str
-    trajectory_sha256: str
-    evaluation_units: int
-    history: list[EpochRecord]
-    provenance: dict[str, str]
 
 
 class Stash(Protocol):

@@ -60,7 +60,8 @@ def simulate(plan: Simulated = Simulated(), folder: Path | None = None, seed: in
                 level = plan.rows.index(twin) if twin else r
                 noise = np.random.default_rng([seed, d, level, s])
                 shift = luck[dataset, s] + level * plan.effect - 0.02 * d + noise.normal(0, plan.pair_noise)
-                cell = _cell(plan, (dataset, row, s), ease + shift + noise.normal(0, 0.008, len(ease)), noise)
+                aucs = ease + shift + noise.normal(0, 0.008, len(ease))
+                cell = _cell(plan, (dataset, row, s), np.minimum(aucs, 0.995), noise)
                 cells.append(cell)
                 if cell["status"] == "FINISHED":
                     history.append(_history(plan, cell, level, noise))

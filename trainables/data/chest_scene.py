@@ -204,9 +204,7 @@ def _thorax(a: _Anatomy, x: Map, y: Map, rng: np.random.Generator) -> _Thorax:
         reaches.append(across / (half_width + 1e-6))
     hilum = np.maximum(bump(x, y, -0.2, -0.1, 0.42, 0.6), bump(x, y, 0.22, -0.14, 0.42, 0.6))
     texture = ridges(smooth_noise(rng, 9), 0.4) * 0.6 + ridges(smooth_noise(rng, 14), 0.4) * 0.4
-    return _Thorax(
-        a, x, y, lungs[0], lungs[1], heart, floors[0], floors[1], np.where(x < 0, *reaches), hilum, texture
-    )
+    return _Thorax(a, x, y, lungs[0], lungs[1], heart, floors[0], floors[1], np.where(x < 0, *reaches), hilum, texture)
 
 
 def _heart(a: _Anatomy, x: Map, y: Map) -> Map:
@@ -244,7 +242,9 @@ def _bones(t: _Thorax) -> Map:
     a, x, y = t.anatomy, t.x, t.y
     u = np.abs(x)
     chest = step(0.86 - u, 0.06) * step(y - a.apex + 0.1, 0.08) * step(u - 0.12, 0.08)
-    posterior = np.clip(np.cos(2 * np.pi * (a.rib_frequency * (y - 0.55 * u + 0.9 * (u - 0.35) ** 2) + a.rib_phase)), 0, 1)
+    posterior = np.clip(
+        np.cos(2 * np.pi * (a.rib_frequency * (y - 0.55 * u + 0.9 * (u - 0.35) ** 2) + a.rib_phase)), 0, 1
+    )
     anterior = np.clip(np.cos(2 * np.pi * (a.rib_frequency * 0.8 * (y + 0.6 * u) + a.rib_phase)), 0, 1) ** 2
     ribs = chest * a.rib_contrast * (posterior + 0.45 * anterior)
     clavicle = np.clip(1 - np.abs(y - (a.apex + 0.13 - 0.28 * (u - 0.1))) / 0.045, 0, 1)

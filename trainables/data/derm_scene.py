@@ -154,9 +154,7 @@ def _outline(cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map) ->
     return radius, step(1 - radius + cue["irregular"] * ragged, 0.06 + 0.4 * cue["soft"])
 
 
-def _absorption(
-    cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map, radius: Map, mask: Map
-) -> Map:
+def _absorption(cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map, radius: Map, mask: Map) -> Map:
     """Light left by melanin and blood, (3, H, W)."""
     lean = rng.uniform(0, 2 * np.pi)
     slope = np.clip(0.5 + 0.9 * (np.cos(lean) * x + np.sin(lean) * y), 0, 1.4)
@@ -172,7 +170,8 @@ def _absorption(
     vessels = ridges(smooth_noise(rng, 5, width=WIDTH), 0.09)
     blood = blood + 1.1 * cue["vessels"] * min(1.0, 2 * cue["vessels"]) * vessels
     melanin, blood = 1.1 * mask * np.clip(melanin, 0, 3), 0.75 * mask * np.clip(blood, 0, 3)
-    return np.exp(-(_MELANIN[:, None, None] * melanin + _BLOOD[:, None, None] * blood))
+    transmitted: Map = np.exp(-(_MELANIN[:, None, None] * melanin + _BLOOD[:, None, None] * blood))
+    return transmitted
 
 
 def _spots(amount: float, rng: np.random.Generator, x: Map, y: Map, radii: tuple[float, float], most: int) -> Map:
@@ -194,9 +193,7 @@ def _window(cx: float, cy: float, size: float) -> tuple[slice, slice]:
     return slice(max(0, int(top)), int(top + side) + 1), slice(max(0, int(left)), int(left + side) + 1)
 
 
-def _overlays(
-    cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map, mask: Map, under: Map
-) -> Map:
+def _overlays(cue: dict[str, float], rng: np.random.Generator, x: Map, y: Map, mask: Map, under: Map) -> Map:
     """Lay over the (3, H, W) image what hides the skin's colour: veil, nests, scar, scale, cysts and openings."""
     cx, cy = rng.normal(0, 0.15, 2)
     veil = cue["veil"] * bump(x, y, cx, cy, 0.45, 0.35) * mask

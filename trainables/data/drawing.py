@@ -19,9 +19,7 @@ _DIGEST = "DIGEST"  # file that states the sha256 of all the others
 _SOURCES = ("scenes.py", "chest_scene.py", "derm_scene.py", "phantom.py")
 
 
-def drawn_root(
-    settings: DatasetSettings, draw: Callable[[DatasetSettings, Path], None], folder: Path
-) -> Path:
+def drawn_root(settings: DatasetSettings, draw: Callable[[DatasetSettings, Path], None], folder: Path) -> Path:
     """Return the folder of a drawn phantom, drawing it if it is not there or was damaged.
 
     Drawing goes to a folder of its own that is renamed when complete, so a killed process leaves nothing that could be
@@ -37,9 +35,7 @@ def drawn_root(
     return root
 
 
-def _draw_anew(
-    settings: DatasetSettings, draw: Callable[[DatasetSettings, Path], None], root: Path
-) -> None:
+def _draw_anew(settings: DatasetSettings, draw: Callable[[DatasetSettings, Path], None], root: Path) -> None:
     for leftover in root.parent.glob(f".{root.name}.partial-*"):  # of killed processes: we hold the lock
         shutil.rmtree(leftover)
     partial = root.with_name(f".{root.name}.partial-{os.getpid()}")

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import shutil
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from trainables.data.decode import decode
+from trainables.data.decode import UNREADABLE, Fit, decode
 from trainables.data.index import DataError, Index
 from trainables.data.registry import locate
 
 _log = logging.getLogger(__name__)
 
-Fit = Literal["crop", "squash"]
 Hashes = npt.NDArray[np.uint8]  # (N, 32) sha256 of each image's pixels
 Stamps = npt.NDArray[np.int64]  # (N, 2) size in bytes, time of change in ns
 
@@ -69,8 +67,9 @@ class ImageCache:
         store = _Store.of(index, image_size, fit, folder)
         stored = store.load()
         if stored is None or len(stored.outdated(stamps)):
+            folder.mkdir(parents=True, exist_ok=True)
             with FileLock(store.folder.with_suffix(".lock")):
-                # Another process may have decoded meanwhile.
+                # Another process may have decoded meanwhile: load again.
                 return _complete(store, store.load(), paths, stamps, workers)
         return _opened(stored, 0)
 
@@ -89,6 +88,7 @@ def cache_bytes(index: Index, image_size: int) -> int:
 class _Stored:
     """A cache as it lies on disk, pixels already hashed."""
 
+    path: Path
     pixels: npt.NDArray[np.uint8]
     stamps: Stamps
     stated: Hashes
@@ -100,7 +100,8 @@ class _Stored:
 
     def broken(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the pixels differ from what was decoded."""
-        return (self.stated != self.actual).any(1)
+        broken: npt.NDArray[np.bool_] = (self.stated != self.actual).any(1)
+        return broken
 
 
 @dataclass(frozen=True)
@@ -121,25 +122,42 @@ class _Store:
     def exists(self) -> bool:
         """Whether a cache lies there, its pixel file of the right size."""
         state = self._state()
-        return state is not None and _size(self.folder / str(state["file"])) == self._bytes()
+        return state is not None and _size(self.folder / str(state["pixels"])) == self._bytes()
 
     def load(self) -> _Stored | None:
         """Map and hash the stored pixels; None if there are none, or if they cannot be used."""
         state = self._state()
         if state is None:
             return None
-        path = self.folder / str(state["file"])
+        path = self.folder / str(state["pixels"])
         if _size(path) != self._bytes():
-            _log.warning("%s: %s bytes instead of %d; decoding anew", path, _size(path), self._bytes())
+            _log.warning("%s: %d bytes instead of %d; decoding anew", path, _size(path), self._bytes())
             return None
         pixels = np.memmap(path, np.uint8, "r", shape=self.shape)
-        return _Stored(pixels, state["stamps"], state["hashes"], _hashes(pixels))
+        return _Stored(
+            path, pixels, state["stamps"].astype(np.int64), state["hashes"].astype(np.uint8), _hashes(pixels)
+        )
+
+    def create(self) -> tuple[Path, npt.NDArray[np.uint8]]:
+        """A new, writable pixel file.
+
+        Raises:
+            DataError: the disk is too full; writing to the map would otherwise end the process by a signal.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < self._bytes():
+            raise DataError(
+                f"{self.folder}: decoded images need {self._bytes() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make "
+                "room, choose another --storage, or a smaller dataset.image_size"
+            )
+        path = self.folder / f"pixels-{uuid4().hex}.u8"
+        return path, np.memmap(path, np.uint8, "w+", shape=self.shape)
 
     def save(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
         """Commit a written pixel file, then remove what no state names any more."""
         partial = self.folder / f"state-{uuid4().hex}.partial"
         with partial.open("wb") as file:
-            np.savez(file, file=np.array(path.name), stamps=stamps, hashes=hashes)
+            np.savez(file, pixels=np.array(path.name), stamps=stamps, hashes=hashes)
         partial.replace(self.folder / "state.npz")
         self.sweep(keep=path)
 
@@ -155,7 +173,7 @@ class _Store:
             return None
         try:
             with np.load(path) as stored:
-                state = {name: stored[name] for name in ("file", "stamps", "hashes")}
+                state = {name: stored[name] for name in ("pixels", "stamps", "hashes")}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             _log.warning("%s: damaged (%s); decoding anew", path, error)
             return None
@@ -163,3 +181,80 @@ class _Store:
 
     def _bytes(self) -> int:
         return int(np.prod(self.shape))
+
+
+def _complete(store: _Store, stored: _Stored | None, paths: Sequence[Path], stamps: Stamps, workers: int) -> ImageCache:
+    """Decode what is missing or outdated into a new pixel file; the caller holds the lock."""
+    todo = np.arange(len(paths)) if stored is None else stored.outdated(stamps)
+    if stored is not None and len(todo) == 0:
+        return _opened(stored, 0)
+    store.folder.mkdir(exist_ok=True)
+    store.sweep(keep=None if stored is None else stored.path)
+    path, pixels = store.create()
+    hashes = np.zeros((len(paths), 32), np.uint8)
+    if stored is not None:
+        if stored.broken().any():
+            _log.warning(
+                "%s: %d images do not fit their digest; decoding them anew", stored.path, stored.broken().sum()
+            )
+        pixels[:] = stored.pixels
+        hashes[:] = stored.stated
+    _decode_into(pixels, hashes, paths, todo, store.fit, workers)
+    pixels.flush()  # type: ignore[attr-defined]
+    store.save(path, stamps, hashes)
+    read_only = np.memmap(path, np.uint8, "r", shape=store.shape)
+    return _opened(_Stored(path, read_only, stamps, hashes, hashes), len(todo))
+
+
+def _decode_into(
+    pixels: npt.NDArray[np.uint8],
+    hashes: Hashes,
+    paths: Sequence[Path],
+    todo: npt.NDArray[np.intp],
+    fit: Fit,
+    workers: int,
+) -> None:
+    """Decode the images `todo` into their places; Pillow decodes outside of the interpreter's lock, so threads do.
+
+    Raises:
+        DataError: after all have been tried, how many cannot be read, and the first three.
+    """
+    _, size, _, channels = pixels.shape
+
+    def decode_one(position: int) -> str | None:
+        try:
+            image = decode(paths[position], size, fit, channels)
+        except UNREADABLE as error:
+            return f"{paths[position]} ({type(error).__name__}: {error})"
+        pixels[position] = image
+        hashes[position] = _hash(image)
+        return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        failures = [failure for failure in pool.map(decode_one, todo.tolist()) if failure is not None]
+    if failures:
+        raise DataError(
+            f"{len(failures)} of {len(todo)} images cannot be read: {'; '.join(failures[:3])}"
+            f"{'; …' if len(failures) > 3 else ''}. Replace the files, or remove their rows from the table"
+        )
+
+
+def _opened(stored: _Stored, decoded: int) -> ImageCache:
+    return ImageCache(stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded)
+
+
+def _hash(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
+
+
+def _hashes(pixels: npt.NDArray[np.uint8]) -> Hashes:
+    return np.stack([_hash(image) for image in pixels])
+
+
+def _stamps(paths: Sequence[Path]) -> Stamps:
+    return np.array([(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in paths)], np.int64)
+
+
+def _size(path: Path) -> int:
+    """Bytes, −1 if there is no such file."""
+    return path.stat().st_size if path.exists() else -1

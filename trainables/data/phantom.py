@@ -171,9 +171,9 @@ def draw_chest_phantom(settings: DatasetSettings, root: Path) -> None:
     boxes: list[list[object]] = []
     for row in rows:
         scene = draw_chest(settings.hospital, row.patient, row.follow_up, row.findings, ap=row.ap)
-        Image.fromarray(scene.pixels).save(root / "images" / row.name)
+        Image.fromarray(scene.pixels).save(root / "images" / row.name, compress_level=1)
         for structure, mask in scene.masks.items():
-            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / structure / row.name)
+            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / structure / row.name, compress_level=1)
         for finding, box in scene.boxes.items():
             label = chestxray14.BOX_SPELLING.get(finding, finding)
             boxes.append([row.name, label, *(v * 1024 / SIZE for v in box), "", "", ""])

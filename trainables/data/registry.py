@@ -109,7 +109,9 @@ def _refuse_unknown_classes(info: DatasetInfo, dropped: Sequence[str]) -> None:
             f"its classes are {', '.join(info.classes)}"
         )
     if set(dropped) == set(info.classes):
-        raise DataError(f"dataset.drop_classes: drops all {len(info.classes)} classes of {info.name}; keep at least one")
+        raise DataError(
+            f"dataset.drop_classes: drops all {len(info.classes)} classes of {info.name}; keep at least one"
+        )
 
 
 def _split(table: Table, settings: DatasetSettings) -> npt.NDArray[np.uint8]:

@@ -50,9 +50,7 @@ def _write(path: Path, settings: DatasetSettings, table: Table, split: Split) ->
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(["image", "group", "split"])
-    writer.writerows(
-        zip(table.names.tolist(), table.groups.tolist(), [SPLITS[s] for s in split.tolist()], strict=True)
-    )
+    writer.writerows(zip(table.names.tolist(), table.groups.tolist(), [SPLITS[s] for s in split.tolist()], strict=True))
     body = lines.getvalue()
     head = f"# digest={_digest(body)} seed={settings.split_seed} dataset={settings.name} split={settings.split}\n"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ class _Stratifier:
     def _choose(self, cls: int, left: int) -> int:
         """The split that wants the class most; once only as many groups are left as splits lack one, one of those."""
         lacking = self._members[:, cls] == 0
-        allowed = lacking if 0 < lacking.sum() and left <= lacking.sum() else np.ones_like(lacking)
+        allowed = lacking if lacking.sum() > 0 and left <= lacking.sum() else np.ones_like(lacking)
         # Ties go to the split that wants images most (Sechidis et al., algorithm 1, lines 13-17).
         return int(max(np.flatnonzero(allowed), key=lambda s: (round(self._room[s, cls], 9), self._space[s])))
 

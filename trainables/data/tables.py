@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ def find_file(dataset: str, root: Path, candidates: Sequence[str]) -> Path:
     raise DataError(f"{dataset}: no table in {root}: expected {' or '.join(candidates)}")
 
 
-def read_rows(path: Path, columns: dict[str, Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
+def read_rows(path: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values) for every row; blank lines are skipped, spaces and a byte-order mark stripped.
 
     Args:
@@ -58,7 +58,9 @@ def read_rows(path: Path, columns: dict[str, Sequence[str]]) -> Iterator[tuple[i
         raise DataError(f"{path}: cannot be read as CSV in UTF-8: {error}") from error
 
 
-def _rows(path: Path, reader: Iterator[list[str]], columns: dict[str, Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
+def _rows(
+    path: Path, reader: Iterator[list[str]], columns: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[int, list[str]]]:
     header = [name.strip() for name in next(reader, [])]
     wanted = [_position(path, header, names) for names in columns.values()]
     # Some tables end their rows, but not their header, with empty fields, or the other way round.

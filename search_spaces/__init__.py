@@ -1,0 +1,1 @@
+"""Declared search spaces, a task each: which settings are searched, between which bounds, on which scale."""

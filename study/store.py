@@ -1,0 +1,299 @@
+"""Stage states and cell results by key: the only file that knows paths. Every write is all or nothing.
+
+Layout of a storage folder:
+
+    states/<key>/       a trajectory after some epoch: tensors.safetensors, state.json (with the tensors' digest)
+    results/<leaf>/<observer>/   a cell's result: result.json, predictions.npz, weights.safetensors
+    images/  activations/  phantoms/  splits/     what can be made again
+    <study>/report/     tables and figures
+    mlflow.db, mlartifacts/   the default ledger
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from study.documents import StudyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainables.results import CellResult
+    from trainables.trial import Checkpoint
+
+log = logging.getLogger(__name__)
+
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+RESULT = "result.json"
+PREDICTIONS = "predictions.npz"
+WEIGHTS = "weights.safetensors"
+
+
+class Store:
+    """A storage folder. Implements `trainables.trial.Stash`; processes of one machine or file system may share it."""
+
+    def __init__(self, root: Path, *, caches: bool = True) -> None:
+        """Use `root`, making it if need be.
+
+        Raises:
+            StudyError: the folder cannot be made or written to.
+        """
+        self.root = root.resolve()
+        self._caches = caches
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as probe:
+                probe.write(b"\0")
+        except OSError as error:
+            raise StudyError(
+                [f"--storage {root}: cannot be written ({error.strerror}); give a writable folder"]
+            ) from error
+
+    # -- folders ------------------------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> Path:
+        """Decoded images."""
+        return self._made("images")
+
+    @property
+    def phantoms(self) -> Path:
+        """Drawn data sets."""
+        return self._made("phantoms")
+
+    @property
+    def splits(self) -> Path:
+        """Written splits."""
+        return self._made("splits")
+
+    @property
+    def tune(self) -> Path:
+        """Ray Tune's own files; nothing of ours depends on them."""
+        return self._made("tune")
+
+    def activations(self) -> Path:
+        """Activation caches of this node."""
+        return self._made("activations")
+
+    def report(self, study: str) -> Path:
+        """Tables, figures and report of a study."""
+        return self._made(study, "report")
+
+    def default_tracking_uri(self) -> str:
+        """The embedded ledger."""
+        return f"sqlite:///{self.root / 'mlflow.db'}"
+
+    def artifacts(self) -> Path:
+        """Artifacts of the embedded ledger."""
+        return self._made("mlartifacts")
+
+    def cache_folder(self) -> Path | None:
+        """See `trainables.trial.Stash`."""
+        return self.activations() if self._caches else None
+
+    # -- states -------------------------------------------------------------------------------------------------------
+
+    def has_state(self, key: str) -> bool:
+        """Whether a state is there, whole or not."""
+        return (self._state(key) / STATE).is_file()
+
+    def state_facts(self, key: str) -> dict[str, Any] | None:
+        """Averages and kept best epochs of a state, without its tensors; None where there is no readable state."""
+        try:
+            facts = json.loads((self._state(key) / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return {"averages": set(facts["averages"]), "best": {tuple(at) for at in facts["best"]}}
+
+    def newest(self, keys: Sequence[str], usable: Callable[[Checkpoint], bool]) -> Checkpoint | None:
+        """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said."""
+        for key in reversed(keys):
+            if not self.has_state(key):
+                continue
+            try:
+                checkpoint = self._load_state(key)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("the state %s is damaged (%s); it is deleted and trained again", key[:12], error)
+                self.drop(key)
+                continue
+            if usable(checkpoint):
+                return checkpoint
+        return None
+
+    def save(self, key: str, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint under its key."""
+        from safetensors.torch import save
+
+        tensors = dict(checkpoint.state.tensors)
+        for i, best in enumerate(checkpoint.best.values()):
+            tensors |= {f"best/{i}/{name}": tensor for name, tensor in best.items()}
+        data = save(_unaliased(tensors))
+        facts = {
+            "epoch": checkpoint.state.epoch,
+            "averages": checkpoint.state.averages,
+            "class_state": checkpoint.state.class_state,
+            "history": [dataclasses.asdict(record) for record in checkpoint.history],
+            "provenance": checkpoint.provenance,
+            "best": [list(at) for at in checkpoint.best],
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        self._publish(self._state(key), {TENSORS: data, STATE: json.dumps(facts).encode()})
+
+    def _load_state(self, key: str) -> Checkpoint:
+        from safetensors.torch import load
+
+        from trainables.loop import State
+        from trainables.results import EpochRecord
+        from trainables.trial import Checkpoint
+
+        folder = self._state(key)
+        facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        data = (folder / TENSORS).read_bytes()
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            raise ValueError("its digest does not match")
+        tensors = load(data)
+        best: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for i, (copy, epoch) in enumerate(facts["best"]):
+            prefix = f"best/{i}/"
+            best[copy, epoch] = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+        own = {n: t for n, t in tensors.items() if not n.startswith("best/")}
+        state = State(facts["epoch"], own, facts["averages"], facts["class_state"])
+        return Checkpoint(state, [EpochRecord(**r) for r in facts["history"]], facts["provenance"], best)
+
+    def drop(self, key: str) -> None:
+        """Forget a state."""
+        folder = self._state(key)
+        if folder.exists():
+            grave = self._temporary()
+            folder.replace(grave / "dropped")
+            shutil.rmtree(grave, ignore_errors=True)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def has_result(self, leaf: str, observer: str) -> bool:
+        """Whether a cell's result is there."""
+        return (self._result(leaf, observer) / RESULT).is_file()
+
+    def load_result(self, leaf: str, observer: str) -> CellResult | None:
+        """A cell's result, None where there is none or it is damaged (deleted then, and said)."""
+        from trainables.results import CellResult, EpochRecord
+
+        folder = self._result(leaf, observer)
+        if not (folder / RESULT).is_file():
+            return None
+        try:
+            facts = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            for name, expected in facts.pop("files").items():
+                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                    raise ValueError(f"the digest of {name} does not match")
+            facts["history"] = [EpochRecord(**record) for record in facts["history"]]
+            facts["undefined"] = tuple(facts["undefined"])
+            return CellResult(**facts)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("the result %s is damaged (%s); it is deleted and made again", folder.name, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+
+    def predictions(self, leaf: str, observer: str) -> Path:
+        """File of a result's test predictions."""
+        return self._result(leaf, observer) / PREDICTIONS
+
+    def save_result(
+        self, leaf: str, observer: str, result: CellResult, predictions: bytes, weights: dict[str, Tensor]
+    ) -> None:
+        """Keep a cell's result.
+
+        Raises:
+            TrainingError: another observer's result of this trajectory has other weights at an epoch both saw.
+        """
+        from safetensors.torch import save
+
+        self._check_same_trajectory(leaf, result)
+        files = {PREDICTIONS: predictions, WEIGHTS: save(_unaliased(weights))}
+        facts = dataclasses.asdict(result)
+        facts["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        self._publish(self._result(leaf, observer), {**files, RESULT: json.dumps(facts).encode()})
+
+    def _check_same_trajectory(self, leaf: str, result: CellResult) -> None:
+        from trainables.results import TrainingError
+
+        for path in self._made("results", leaf[:40]).glob(f"*/{RESULT}"):
+            other = json.loads(path.read_text(encoding="utf-8"))
+            for ours, theirs in zip(result.history, other["history"], strict=False):
+                if ours.trajectory_sha256 != theirs["trajectory_sha256"]:
+                    raise TrainingError(
+                        f"epoch {ours.epoch} was trained again and came out different (weights "
+                        f"{ours.trajectory_sha256[:12]}, on record {theirs['trajectory_sha256'][:12]}): hardware or "
+                        "library versions have changed; use another --storage"
+                    )
+
+    # -- contents -----------------------------------------------------------------------------------------------------
+
+    def check_contents(self, index_digest: str, contents_digest: str) -> None:
+        """Record the digest of a data set's image contents; later runs must find the same.
+
+        Raises:
+            StudyError: the images have changed since results were made from them.
+        """
+        path = self._made("contents") / index_digest[:40]
+        if not path.is_file():
+            self._write(path, contents_digest.encode())
+        elif path.read_text(encoding="utf-8") != contents_digest:
+            raise StudyError(
+                ["the images have changed since this storage's results were made; use another --storage for them"]
+            )
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    def _made(self, *parts: str) -> Path:
+        folder = self.root.joinpath(*parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _state(self, key: str) -> Path:
+        return self.root / "states" / key[:40]
+
+    def _result(self, leaf: str, observer: str) -> Path:
+        return self.root / "results" / leaf[:40] / re.sub(r"[^A-Za-z0-9.]+", "-", observer)
+
+    def _temporary(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self._made("partial")))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        temporary = self._temporary()
+        (temporary / "file").write_bytes(data)
+        (temporary / "file").replace(path)
+        temporary.rmdir()
+
+    def _publish(self, folder: Path, files: dict[str, bytes]) -> None:
+        """Write files beside, flush them to the disk, and put the folder in place with one rename."""
+        temporary = self._temporary()
+        try:
+            for name, data in files.items():
+                with (temporary / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if folder.exists():
+                folder.replace(self._temporary() / "replaced")
+            temporary.replace(folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors refuses tensors that share memory; contiguous copies do not."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,31 @@
+"""From settings to a task on this machine: index, images, decoded cache, encoder. One process keeps what it has."""
+
+from __future__ import annotations
+
+from trainables.backbone_files import find_backbone
+from trainables.classification import Classification
+from trainables.data.opened import Data, Folders, open_data
+from trainables.settings import DatasetSettings, Settings
+from trainables.task import Task
+
+
+class Workbench:
+    """Builds tasks, and keeps the last data set open: most trials of a worker use the same."""
+
+    def __init__(self, folders: Folders) -> None:
+        self._folders = folders
+        self._data: tuple[str, Data] | None = None
+
+    def data(self, settings: DatasetSettings) -> Data:
+        """The data set of these settings."""
+        at = settings.model_dump_json()
+        if self._data is None or self._data[0] != at:
+            self._data = (at, open_data(settings, self._folders))
+        return self._data[1]
+
+    def task(self, settings: Settings) -> tuple[Task, dict[str, str]]:
+        """The task, and the provenance of its images."""
+        data = self.data(settings.dataset)
+        backbone = find_backbone(settings.model.backbone)
+        task = Classification(settings, data.index, data.images, backbone)
+        return task, {"contents_digest": data.images.contents_digest, "index_digest": data.index.digest()}
