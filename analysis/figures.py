@@ -31,7 +31,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 STYLES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 MOST_ROWS = len(PALETTE)
 MOST_CLASSES = 40
-MOST_COMPARISONS = 30
+MOST_COMPARISONS = 20
 MOST_DATASETS = 4
 _WIDTH = 7.0  # inches: the text width of a page
 _PAGE = 6.6  # inches of classes in one column before they are set in two
@@ -140,26 +140,32 @@ def _class_points(axes: Axes, grid: MetricGrid, rows: Sequence[int], shown: Sequ
 # ---------------------------------------------------------------- learning curves
 
 
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """What one figure of learning curves shows: row → epochs × seeds of its finished cells, chosen epochs by seed."""
+
+    rows: tuple[str, ...]
+    metric: dict[str, pd.DataFrame]
+    blocks: dict[str, pd.DataFrame]
+    chosen: dict[str, dict[int, int]]
+    omitted: int
+
+
 def _learning_curves(records: StudyRecords, table: StudyTable, dataset: str, position: int) -> Drawing | None:
-    header = table.header
-    curves = _curves(records, dataset, VAL + header.main_metric)
-    if not curves:
+    header, curves = table.header, _curves(records, dataset)
+    if not curves.rows:
         return None
-    blocks = _curves(records, dataset, "unfrozen_blocks")
-    rows = _drawn_rows(header.rows, [row in curves for row in header.rows])
-    names = [_legend_name(header.rows[i], curves[header.rows[i]].shape[1]) for i in rows]
+    names = [_legend_name(row, curves.metric[row].shape[1]) for row in curves.rows]
     legend = _Legend(names, extra="markers: the chosen epoch of each seed")
-    height = (4.2 if blocks else 3.2) + legend.height
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    axes, lower = _panels(figure, with_blocks=bool(blocks))
-    chosen = _chosen_epochs(records, dataset)
-    for k, i in enumerate(rows):
-        _draw_curve(axes, curves[header.rows[i]], chosen.get(header.rows[i], {}), k)
-    _frame_curves(axes, [curves[header.rows[i]] for i in rows])
+    figure = Figure(figsize=(_WIDTH, (4.2 if curves.blocks else 3.2) + legend.height), layout="constrained")
+    axes, lower = _panels(figure, with_blocks=bool(curves.blocks))
+    for k, row in enumerate(curves.rows):
+        _draw_curve(axes, curves.metric[row], curves.chosen.get(row, {}), k)
+    _frame_curves(axes, [curves.metric[row] for row in curves.rows])
     axes.set_ylabel(f"validation {header.metric_label}")
-    boundary = _stage_boundary(blocks)
     if lower is not None:
-        _draw_blocks(lower, [(k, blocks[header.rows[i]]) for k, i in enumerate(rows) if header.rows[i] in blocks])
+        _draw_blocks(lower, [(k, curves.blocks[row]) for k, row in enumerate(curves.rows) if row in curves.blocks])
+    boundary = _stage_boundary(curves.blocks)
     for part in (axes, lower):
         if part is not None and boundary is not None:
             part.axvline(boundary + 0.5, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
@@ -168,27 +174,32 @@ def _learning_curves(records: StudyRecords, table: StudyTable, dataset: str, pos
     _title(figure, title)
     legend.draw(figure)
     alt = (
-        f"{title}: mean validation {header.metric_label} by epoch of {len(rows)} rows, with a band of one sample std "
-        "over seeds; thin lines are single seeds after others have stopped."
+        f"{title}: mean validation {header.metric_label} by epoch of {len(curves.rows)} rows, with a band of one "
+        "sample std over seeds; thin lines are single seeds after others have stopped."
     )
-    left_out = _left_out(("rows", sum(row in curves for row in header.rows) - len(rows)))
-    return _render(figure, ("learning_curves", position), title, alt, left_out)
+    return _render(figure, ("learning_curves", position), title, alt, _left_out(("rows", curves.omitted)))
 
 
-def _curves(records: StudyRecords, dataset: str, metric: str) -> dict[str, pd.DataFrame]:
-    """Row → epochs × seeds of its finished cells."""
-    history, cells = records.history, measured(records)
-    finished = cells.loc[(cells["status"] == FINISHED) & (cells["dataset"] == dataset), ["row", "seed"]]
-    part = history[(history["metric"] == metric) & (history["dataset"] == dataset)].merge(finished, on=["row", "seed"])
+def _curves(records: StudyRecords, dataset: str) -> _Curves:
+    header, history, cells = records.header, records.history, measured(records)
+    cells = cells[(cells["status"] == FINISHED) & (cells["dataset"] == dataset)]
+    part = history[history["dataset"] == dataset].merge(cells[["row", "seed"]], on=["row", "seed"])
+    metric = part[part["metric"] == VAL + header.main_metric]
+    there = set(metric["row"])
+    rows = tuple(header.rows[i] for i in _drawn_rows(header.rows, [row in there for row in header.rows]))
+    blocks = part[part["metric"] == "unfrozen_blocks"]
+    return _Curves(rows, _by_row(metric, rows), _by_row(blocks, rows), _chosen_epochs(cells), len(there) - len(rows))
+
+
+def _by_row(history: pd.DataFrame, rows: Sequence[str]) -> dict[str, pd.DataFrame]:
     return {
         str(row): group.pivot_table(index="epoch", columns="seed", values="value", aggfunc="last")
-        for row, group in part.groupby("row", sort=False)
+        for row, group in history[history["row"].isin(rows)].groupby("row", sort=False)
     }
 
 
-def _chosen_epochs(records: StudyRecords, dataset: str) -> dict[str, dict[int, int]]:
-    cells = measured(records)
-    part = cells[(cells["dataset"] == dataset) & (cells["status"] == FINISHED) & cells["best_epoch"].notna()]
+def _chosen_epochs(cells: pd.DataFrame) -> dict[str, dict[int, int]]:
+    part = cells[cells["best_epoch"].notna()]
     chosen: dict[str, dict[int, int]] = {}
     for row, seed, epoch in zip(part["row"], part["seed"], part["best_epoch"], strict=True):
         chosen.setdefault(str(row), {})[int(seed)] = int(epoch)

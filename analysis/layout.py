@@ -275,9 +275,8 @@ def metric_name(grid: MetricGrid) -> str:
 
 
 def row_name(line: TableLine) -> str:
-    """A row's name, flagged where it equals another row."""
-    flags = [f"no-op: equals {other} at seed {', '.join(map(str, seeds))}" for other, seeds in line.noop_of.items()]
-    return f"{line.row} [{'; '.join(flags)}]" if flags else line.row
+    """A row's name, flagged where it equals another row; the notes say which one, and at which seeds."""
+    return f"{line.row} [no-op]" if line.noop_of else line.row
 
 
 def _main_lines(table: StudyTable, dataset: str, compared: bool) -> Iterable[tuple[str, ...]]:

@@ -151,8 +151,8 @@ class Predictions(dict[str, Path]):
             if path.is_file():
                 return path
             raise LedgerError(
-                f"run {run_id} had its predictions at {path}, which is gone: put the folder of artifacts back, or delete "
-                "the run and run the study again"
+                f"run {run_id} had its predictions at {path}, which is gone: put the folder of artifacts back, or "
+                "delete the run and run the study again"
             )
         return self._download(run_id)
 

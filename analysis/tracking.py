@@ -68,8 +68,12 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LedgerError(f"cannot create the folder {folder} ({error.strerror}): choose another storage") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not _may_write(folder):
         raise LedgerError(f"the folder {folder} is read-only: choose another storage or allow writing there")
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def prepare_database(path: Path, create: Callable[[Path], None]) -> None:
@@ -87,7 +91,7 @@ def prepare_database(path: Path, create: Callable[[Path], None]) -> None:
             create(new)
             path.unlink(missing_ok=True)  # an empty file
             _move_unless_taken(new, path)
-    if not os.access(path, os.W_OK):
+    if not _may_write(path):
         raise LedgerError(f"the database {path} is read-only: choose another storage or allow writing there")
 
 
@@ -117,9 +121,12 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the pages that database errors append."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    """What an error says, without the pages that databases append and the layers that HTTP libraries wrap around."""
+    if str(error).startswith("API request to"):
+        while error.__cause__ or error.__context__:
+            error = error.__cause__ or error.__context__ or error
+    lines = str(error).strip().splitlines() or [""]
+    return (lines[0] or type(error).__name__)[:300]
 
 
 def patiently(

@@ -136,7 +136,9 @@ def _detectable(comparison: Comparison) -> str:
     paired = comparison.paired
     if not paired.std > 0:
         return ""
-    return f"A difference below {number(paired.detectable_delta)} would probably have gone unseen."
+    return (
+        f"A true difference below {number(paired.detectable_delta)} would be seen in fewer than 80 % of such studies."
+    )
 
 
 def _over_patients(noise: PatientNoise) -> str:

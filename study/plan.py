@@ -105,7 +105,8 @@ class Cache:
     position: int
     build_units: int
     bytes: int
-    last_users: tuple[str, ...]  # keys of the epochs that read it
+    users: tuple[str, ...]  # keys of the epochs that read it
+    pooled: bool  # small, and kept
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,11 @@ class Plan:
     def cache_positions(self, identity: str) -> tuple[int, ...]:
         """Positions worth caching under an identity."""
         return tuple(sorted(c.position for c in self.caches if c.identity == identity))
+
+    def epoch_units(self, chain: Chain) -> list[int]:
+        """Training units that this plan will spend on each epoch of a cell."""
+        positions = self.cache_positions(chain.cache_identity)
+        return [_epoch_units(chain, now, positions) for now in chain.phases]
 
     def as_json(self) -> dict[str, Any]:
         """What `--plan --json` prints."""
@@ -185,7 +191,7 @@ def make_plan(study: Study, *, storage: Path, sharing: bool = True, download: bo
         for cell in study.cells()
     )
     _check_rows_act(chains, sharing)
-    parents, children = _tree(chains)
+    children = _followers(chains)
     caches = _caches(chains, study.execution, storage) if sharing else ()
     positions: dict[str, set[int]] = defaultdict(set)
     for wanted in caches:
@@ -413,18 +419,18 @@ def _changes(cell: Cell) -> str:
 # -- the tree --------------------------------------------------------------------------------------------------------
 
 
-def _tree(chains: Iterable[Chain]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Key → parent key, and key → keys that follow it, over all epochs of all cells."""
-    parents: dict[str, str] = {}
+def _followers(chains: Iterable[Chain]) -> dict[str, tuple[str, ...]]:
+    """Key → keys that follow it, over all epochs of all cells."""
+    seen: set[str] = set()
     followers: dict[str, list[str]] = defaultdict(list)
     for chain in chains:
         before = ROOT_KEY
         for key in chain.keys:
-            if key not in parents:
-                parents[key] = before
+            if key not in seen:
+                seen.add(key)
                 followers[before].append(key)
             before = key
-    return parents, {key: tuple(keys) for key, keys in followers.items()}
+    return {key: tuple(keys) for key, keys in followers.items()}
 
 
 def _stages(
@@ -511,7 +517,7 @@ def _cache(chain: Chain, identity: str, position: int, users: tuple[str, ...], e
     values = costs.feature_values if pooled else costs.token_values
     size = 4 if execution.cache_dtype == "float32" else 2
     build = chain.material.train_images * costs.forward(IMAGES, position)
-    return Cache(identity, position, build, images * values * size, users)
+    return Cache(identity, position, build, images * values * size, users, pooled)
 
 
 def _free_bytes(storage: Path) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from study.plan import Chain, Plan
-from trainables.costs import IMAGES
 from trainables.requests import CacheRequest, TrialRequest, Watch
 
 Status = Literal["waiting", "running", "done", "skipped", "failed"]
@@ -153,7 +152,7 @@ def _node(plan: Plan, chain: Chain, users: Sequence[Chain], parent: Node | None,
         compute=plan.compute,
         mixed=plan.study.execution.allow_mixed,
     )
-    node = Node(request, parent, tuple(users), _units(plan, chain, first, last))
+    node = Node(request, parent, tuple(users), sum(plan.epoch_units(chain)[first:last]))
     if parent is not None:
         parent.children.append(node)
     return node
@@ -177,13 +176,3 @@ def _name(plan: Plan, chain: Chain, users: Sequence[Chain], first: int, last: in
     rest = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
     cell = chain.cell
     return f"{plan.study.name}: {rows[0]}{rest} · {cell.dataset} · seed {cell.seed} · epochs {first + 1}–{last}"
-
-
-def _units(plan: Plan, chain: Chain, first: int, last: int) -> int:
-    costs, total = chain.material.costs, 0
-    positions = plan.cache_positions(chain.cache_identity)
-    for now in chain.phases[first:last]:
-        frozen = costs.frozen_position(now.unfrozen, now.base)
-        start = frozen if frozen in positions else IMAGES
-        total += chain.material.train_images * costs.training(start, now.unfrozen, now.base)
-    return total

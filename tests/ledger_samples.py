@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator
+import shutil
+import sqlite3
+import tempfile
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,6 +152,20 @@ def drawn(*parts: str) -> float:
     return int(digest(*parts)[:12], 16) / 16**12
 
 
-def cells_of(sample: Sample) -> Iterator[CellHeader]:
-    """In the order of the table."""
-    yield from sample.cell_headers()
+def new_database(folder: Path) -> str:
+    """Address of an empty ledger in a folder: a copy, since MLflow takes seconds to make one."""
+    shutil.copyfile(_empty_database(), folder / "mlflow.db")
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@functools.cache
+def _empty_database() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="spft-test-")) / "mlflow.db"
+    Ledger(f"sqlite:///{path}")
+    return path
+
+
+def contents(uri: str) -> list[str]:
+    """Everything a database holds, as SQL."""
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+        return list(database.iterdump())

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.records import RowRecord, StudyRecords
 from analysis.schema import StudyHeader, Units
+from analysis.statistics import class_auc
 
 CLASSES = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
@@ -61,14 +62,18 @@ def simulate(plan: Simulated = Simulated(), folder: Path | None = None, seed: in
                 noise = np.random.default_rng([seed, d, level, s])
                 shift = luck[dataset, s] + level * plan.effect - 0.02 * d + noise.normal(0, plan.pair_noise)
                 aucs = ease + shift + noise.normal(0, 0.008, len(ease))
+                scores = None
+                if truth is not None:
+                    blur = (0.5 - 8 * shift) * noise.normal(0, 1, truth["signal"].shape)
+                    scores = (truth["signal"] + blur).astype(np.float32)
+                    aucs = class_auc(truth["labels"], scores)
                 cell = _cell(plan, (dataset, row, s), np.minimum(aucs, 0.995), noise)
                 cells.append(cell)
                 if cell["status"] == "FINISHED":
                     history.append(_history(plan, cell, level, noise))
-                    if truth is not None and folder is not None:
+                    if truth is not None and scores is not None and folder is not None:
                         run = str(cell["mlflow_run_id"])
-                        blur = (0.5 - 8 * shift) * noise.normal(0, 1, truth["signal"].shape)
-                        predictions[run] = _predict(folder, run, truth, blur)
+                        predictions[run] = _store(folder / run / "predictions.npz", truth, scores)
     frame = pd.DataFrame(cells)
     tidy = pd.concat(history, ignore_index=True) if history else pd.DataFrame(columns=HISTORY)
     return StudyRecords(_header(plan), _rows(plan), frame, tidy, predictions)
@@ -175,12 +180,9 @@ def _truth(plan: Simulated, rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-def _predict(folder: Path, run_id: str, truth: dict[str, np.ndarray], noise: np.ndarray) -> Path:
-    scores = truth["signal"] + noise
-    arrays = {name: truth[name] for name in ("names", "groups", "labels", "classes")}
-    path = folder / run_id / "predictions.npz"
+def _store(path: Path, truth: dict[str, np.ndarray], scores: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, scores=scores.astype(np.float32), **arrays)
+    np.savez(path, scores=scores, **{name: truth[name] for name in ("names", "groups", "labels", "classes")})
     return path
 
 

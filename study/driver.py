@@ -1,0 +1,247 @@
+"""Run a study: data, plan, executor, ledger, report. The one place where they meet, and the only writer of the ledger."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from analysis.schema import StudyHeader
+from study.declare import (
+    MAIN_METRIC,
+    cell_headers,
+    counted_units,
+    epochs_of,
+    finished_outcome,
+    no_ops,
+    provenance,
+    row_headers,
+    study_header,
+)
+from study.documents import StudyError
+from study.executors import Executor, LocalExecutor
+from study.ledger import Ledger
+from study.ledger_entries import CellOutcome
+from study.plan import Cache, Chain, Plan
+from study.progress import Progress
+from study.schedule import Node, Schedule
+from study.store import Store
+from trainables.cache_files import cache_name, record_of, release
+from trainables.data.index import DataError
+from trainables.data.opened import Folders, open_data
+from trainables.results import CellResult, EpochRecord
+
+FLUSH_SECONDS = 5.0  # metrics of running cells reach the ledger at least this often
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a plan: where results, ledger and workers are."""
+
+    storage: Path
+    command: str
+    tracking_uri: str | None = None
+    address: str | None = None
+    executor: str = "ray"
+    timeout: float | None = None
+    verbose: bool = False
+
+
+def run_plan(plan: Plan, options: RunOptions, console: Console) -> tuple[StudyHeader, bool]:
+    """Run what is missing and bring the ledger up to date.
+
+    Returns:
+        The header as it ends, and whether every cell has finished.
+
+    Raises:
+        StudyError: the data, storage or cluster cannot be used; nothing was trained.
+    """
+    store = Store(options.storage, caches=plan.sharing)
+    contents = _prepare_data(plan, store, console)
+    ledger = Ledger(options.tracking_uri or store.default_tracking_uri(), _artifacts(options, store))
+    session = Session(plan, store, ledger, contents, options.command)
+    session.open()
+    schedule = session.schedule()
+    if schedule.nodes:
+        executor = _executor(plan, options)
+        metric = MAIN_METRIC[plan.study.rows[0].settings[plan.study.datasets[0]].task]
+        with Progress(console, schedule, metric) as progress:
+            session.watch(schedule, progress)
+            try:
+                executor.run(schedule, store, session)
+            finally:
+                ledger.flush()
+    return session.close()
+
+
+class Session:
+    """One launch of a study: hears what trials do and keeps the ledger in step with the store."""
+
+    def __init__(self, plan: Plan, store: Store, ledger: Ledger, contents: dict[str, str], command: str) -> None:
+        """Keep what a launch needs; `contents`: cache identity → digest of the images' contents."""
+        self._plan = plan
+        self._store = store
+        self._ledger = ledger
+        self._contents = contents
+        self._provenance = provenance(plan, command)
+        self._results: dict[str, tuple[Chain, CellResult]] = {}
+        self._failed: dict[str, tuple[Chain, str]] = {}
+        self._histories: dict[str, int] = {}  # cell key → epochs logged in this launch
+        self._cache_users: dict[tuple[str, int], set[str]] = {}
+        self._progress: Progress | None = None
+        self._schedule: Schedule | None = None
+        self._flushed = time.monotonic()
+
+    def open(self) -> None:
+        """Declare rows and cells, and write what earlier launches finished."""
+        rows = row_headers(self._plan)
+        cells = cell_headers(self._plan, rows)
+        header = study_header(
+            self._plan, counted_units(self._plan, [], {}).model_copy(update={"executed": None}), self._provenance
+        )
+        self._ledger.open(header, list(rows.values()), cells)
+        for chain in self._plan.chains:
+            self._take_result(chain)
+
+    def schedule(self) -> Schedule:
+        """Trials of the cells that have no result yet."""
+        pending = [chain for chain in self._plan.chains if chain.key not in self._results]
+        self._schedule = Schedule(self._plan, pending, self._has_result, self._store.has_state)
+        running = {key for node in self._schedule.nodes for key in node.request.keys}
+        for cache in self._plan.caches:
+            if not cache.pooled:
+                self._cache_users[cache.identity, cache.position] = running.intersection(cache.users)
+        return self._schedule
+
+    def watch(self, schedule: Schedule, progress: Progress) -> None:
+        """Show what happens from now on."""
+        self._schedule, self._progress = schedule, progress
+
+    # -- Listener -----------------------------------------------------------------------------------------------------
+
+    def started(self, node: Node) -> None:
+        """A trial was given to a worker."""
+        if self._progress is not None:
+            self._progress.started(node)
+
+    def epoch(self, node: Node, record: EpochRecord) -> None:
+        """An epoch goes into every cell that contains it; a cell whose result is there is finished."""
+        for chain in node.chains:
+            if chain.key not in self._results:
+                if not self._take_result(chain):
+                    self._ledger.log_epochs(chain.key, epochs_of(chain, [record]))
+        if self._progress is not None:
+            self._progress.epoch(node, record)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._ledger.flush()
+            self._flushed = time.monotonic()
+
+    def finished(self, node: Node) -> None:
+        """A trial has ended well: its cells may have ended too, and caches may have seen their last use."""
+        for chain in node.chains:
+            if chain.key not in self._results:
+                self._take_result(chain)
+        self._release_caches()
+        if self._progress is not None:
+            self._progress.finished(node)
+
+    def failed(self, node: Node, error: str) -> None:
+        """A trial cannot be finished: its cells fail with it."""
+        for chain in node.chains:
+            if chain.key not in self._results and not self._take_result(chain):
+                self._failed[chain.key] = (chain, error)
+                self._ledger.finish(chain.key, CellOutcome("FAILED", time.time_ns() // 1_000_000, error=error))
+        self._release_caches()
+        if self._progress is not None:
+            self._progress.failed(node, error)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> tuple[StudyHeader, bool]:
+        """Flag rows without effect, count units, aggregate rows."""
+        results = list(self._results.values())
+        for key, earlier in no_ops(results).items():
+            chain, result = self._results[key]
+            self._ledger.finish(key, finished_outcome(chain, result, self._store, earlier))
+        units = counted_units(self._plan, results, self._cache_units(results))
+        header = study_header(self._plan, units, self._provenance)
+        self._ledger.close(header)
+        return header, len(results) == len(self._plan.chains)
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    def _has_result(self, chain: Chain) -> bool:
+        return chain.key in self._results or self._store.has_result(chain.leaf, chain.observer.name)
+
+    def _take_result(self, chain: Chain) -> bool:
+        """Bring a cell's result, if the store has one, into the ledger."""
+        result = self._store.load_result(chain.leaf, chain.observer.name)
+        if result is None:
+            return False
+        self._results[chain.key] = (chain, result)
+        if self._ledger.status_of(chain.key) != "FINISHED":
+            self._ledger.log_epochs(chain.key, epochs_of(chain, result.history))
+            self._ledger.finish(chain.key, finished_outcome(chain, result, self._store, None))
+        return True
+
+    def _release_caches(self) -> None:
+        """Delete token caches that no waiting or running trial reads any more."""
+        assert self._schedule is not None
+        open_nodes = [n for n in self._schedule.nodes if n.status in ("waiting", "running")]
+        needed = {key for node in open_nodes for key in node.request.keys[node.request.first :]}
+        for cache in self._plan.caches:
+            users = self._cache_users.get((cache.identity, cache.position))
+            if users is not None and not users & needed:
+                release(self._cache_folder(cache))
+                del self._cache_users[cache.identity, cache.position]
+
+    def _cache_folder(self, cache: Cache) -> Path:
+        dtype = self._plan.study.execution.cache_dtype
+        name = cache_name(cache.identity, self._contents[cache.identity], cache.position, dtype)
+        return self._store.activations() / name
+
+    def _cache_units(self, results: Sequence[tuple[Chain, CellResult]]) -> dict[str, int]:
+        names = {record.cache for _, result in results for record in result.history if record.cache is not None}
+        return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
+
+
+def _prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
+    """Draw, decode and check every data set once; cache identity → digest of its images' contents."""
+    contents: dict[str, str] = {}
+    opened: dict[str, str] = {}
+    problems: list[str] = []
+    folders = Folders(store.phantoms, store.images, store.splits)
+    for chain in plan.chains:
+        settings = chain.cell.settings.dataset
+        at = settings.model_dump_json()
+        if at not in opened:
+            try:
+                if plan.images_to_decode:
+                    console.print(f"preparing {settings.name} …", highlight=False)
+                data = open_data(settings, folders, workers=os.cpu_count() or 1)
+                opened[at] = data.images.contents_digest
+                store.check_contents(chain.cache_identity, opened[at])
+            except (DataError, StudyError) as error:
+                problems += str(error).split("\n")
+                opened[at] = ""
+        contents[chain.cache_identity] = opened[at]
+    if problems:
+        raise StudyError(problems)
+    return contents
+
+
+def _executor(plan: Plan, options: RunOptions) -> Executor:
+    if options.executor == "local":
+        return LocalExecutor(plan.study.execution.max_failures)
+    from study.ray_executor import RayExecutor
+
+    return RayExecutor(plan.study.execution, plan.compute, address=options.address, verbose=options.verbose)
+
+
+def _artifacts(options: RunOptions, store: Store) -> Path | None:
+    local = options.tracking_uri is None or options.tracking_uri.startswith("sqlite:")
+    return store.artifacts() if local else None

@@ -1,0 +1,115 @@
+"""What a person sees while a study runs: one live display, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from study.schedule import Node, Schedule
+
+if TYPE_CHECKING:
+    from trainables.results import EpochRecord
+
+
+class Progress:
+    """Trials done, running and failed, the epoch and metric of each running one, and the time left."""
+
+    def __init__(self, console: Console, schedule: Schedule, metric: str) -> None:
+        self._console = console
+        self._schedule = schedule
+        self._metric = metric
+        self._running: dict[Node, EpochRecord | None] = {}
+        self._started = time.monotonic()
+        self._done_units = 0.0
+        self._epochs: dict[Node, int] = {}
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def started(self, node: Node) -> None:
+        """A trial was given to a worker."""
+        self._running[node] = None
+
+    def epoch(self, node: Node, record: EpochRecord) -> None:
+        """A trial has finished an epoch."""
+        self._running[node] = record
+        length = node.request.last - node.request.first
+        if record.epoch > node.request.first:
+            self._done_units += node.units / length
+            self._epochs[node] = self._epochs.get(node, 0) + 1
+        for event in record.events:
+            self._console.print(f"[yellow]note[/] {node.name}: {event}", highlight=False)
+
+    def finished(self, node: Node) -> None:
+        """A trial has ended well; epochs that early stopping left out need no time."""
+        length = node.request.last - node.request.first
+        self._done_units += node.units * (length - self._epochs.get(node, 0)) / length
+        self._close(node)
+
+    def failed(self, node: Node, error: str) -> None:
+        """A trial cannot be finished."""
+        self._console.print(f"[red]failed[/] {node.name}: {error}", highlight=False, markup=True)
+        self._close(node)
+
+    def _close(self, node: Node) -> None:
+        self._running.pop(node, None)
+        if not self._console.is_terminal:
+            self._console.print(f"{self._counts()}  {node.name}", highlight=False, markup=False)
+
+    def _counts(self) -> str:
+        schedule = self._schedule
+        done = schedule.count("done", "skipped")
+        failed = schedule.count("failed")
+        return f"{done}/{len(schedule.nodes)} trials" + (f", {failed} failed" if failed else "")
+
+    def _left(self) -> str:
+        total = sum(node.units for node in self._schedule.nodes if node.status != "skipped")
+        elapsed = time.monotonic() - self._started
+        if self._done_units <= 0 or total <= 0:
+            return "time left: measuring"
+        seconds = max(0.0, elapsed * (total / self._done_units - 1))
+        return f"about {_clock(seconds)} left"
+
+    def _render(self) -> Table:
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(ratio=1)
+        total = sum(node.units for node in self._schedule.nodes) or 1
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(ratio=1)
+        head.add_column(justify="right")
+        elapsed = _clock(time.monotonic() - self._started)
+        head.add_row(
+            ProgressBar(total=total, completed=self._done_units), f"{self._counts()} · {elapsed} · {self._left()}"
+        )
+        grid.add_row(head)
+        for node, record in self._running.items():
+            grid.add_row(Text(self._line(node, record), overflow="ellipsis", no_wrap=True))
+        return grid
+
+    def _line(self, node: Node, record: EpochRecord | None) -> str:
+        name = node.name.split(": ", 1)[-1].split(" · epochs")[0]
+        if record is None:
+            return f"  {name}: starting"
+        value = record.metrics.get(f"val/raw/{self._metric}")
+        shown = "" if value is None else f", val {self._metric} {value:.3f}"
+        return f"  epoch {record.epoch}/{node.request.last}{shown}  {name}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

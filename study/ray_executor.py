@@ -1,0 +1,244 @@
+"""Run a schedule through Ray Tune: a Searcher releases trials whose parent is done. The only file that imports ray.
+
+Tune starts trials, gives them CPUs and GPUs, keeps worker processes warm (`reuse_actors`) and starts a trial again
+whose worker died. What has been trained is known from our own store alone; Tune's restore is not used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger logs; Tune's own loggers would again
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "100000")  # Tune's restore is not used
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")
+
+import cloudpickle
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from study.documents import StudyError
+from study.executors import Listener, worker_at
+from study.schedule import Node, Schedule
+from study.spec import Execution
+from study.store import Store
+from trainables.requests import Compute
+from trainables.results import EpochRecord, TrainingError
+
+log = logging.getLogger(__name__)
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+class RayExecutor:
+    """Trials on a Ray cluster: an existing one by address, or one that is started on this machine."""
+
+    def __init__(self, execution: Execution, compute: Compute, *, address: str | None, verbose: bool) -> None:
+        """Give a trial the CPUs and GPUs of `execution`."""
+        self._execution = execution
+        self._address = address
+        self._verbose = verbose
+        gpus = execution.gpus if execution.gpus is not None else (1.0 if compute.device == "cuda" else 0.0)
+        self._resources = {"cpu": float(execution.cpus)} | ({"gpu": float(gpus)} if gpus else {})
+
+    def run(self, schedule: Schedule, store: Store, listener: Listener) -> None:
+        """See `study.executors.Executor`.
+
+        Raises:
+            StudyError: the cluster cannot be reached, or no node of it can hold a trial.
+        """
+        with _quiet(self._verbose), self._cluster(store):
+            slots = self._slots()
+            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
+            searcher = StageSearcher(schedule, store, listener, caches=store.cache_folder() is not None)
+            tuner = tune.Tuner(
+                tune.with_resources(TrialActor, self._resources),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher,
+                    num_samples=-1,
+                    reuse_actors=True,
+                    max_concurrent_trials=None,
+                    trial_name_creator=lambda trial: str(trial.config["name"]),
+                    trial_dirname_creator=lambda trial: str(trial.trial_id),
+                ),
+                run_config=tune.RunConfig(
+                    name="trials",
+                    storage_path=str(store.tune),
+                    failure_config=tune.FailureConfig(max_failures=self._execution.max_failures),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+        if not schedule.finished:
+            raise StudyError(["Ray Tune ended before the study did; run the same command again to go on"])
+
+    @contextmanager
+    def _cluster(self, store: Store) -> Iterator[None]:
+        environment = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+        _set_authentication(store, local=self._address is None)
+        options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": self._verbose}
+        options |= {"logging_level": logging.INFO if self._verbose else logging.ERROR}
+        if self._address is None:
+            folder = tempfile.mkdtemp(prefix="ray")  # socket paths are limited to 107 bytes, so not in the storage
+            options |= {"num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
+        else:
+            options |= {"address": self._address}
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = self._address or "this machine"
+            raise StudyError([f"--address {where}: Ray cannot be reached ({str(error).splitlines()[0]})"]) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def _slots(self) -> int:
+        """How many trials fit on the cluster at once; what is missing is named instead of waited for."""
+        names = {"cpu": "CPU", "gpu": "GPU"}
+        wanted = {names[k]: v for k, v in self._resources.items()}
+        slots = 0
+        for node in ray.nodes():
+            if node["Alive"]:
+                slots += min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in wanted.items())
+        if slots == 0:
+            have = {name: ray.cluster_resources().get(name, 0.0) for name in wanted}
+            asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+            total = ", ".join(f"{amount:g} {name}" for name, amount in have.items())
+            raise StudyError(
+                [
+                    f"execution: a trial asks for {asked}, no node of the cluster has that (in all: {total}); "
+                    "set execution.cpus or execution.gpus, or add nodes"
+                ]
+            )
+        return slots
+
+
+class StageSearcher(Searcher):
+    """Suggests the next ready trial, None while all of them wait for a parent, FINISHED at the end."""
+
+    def __init__(self, schedule: Schedule, store: Store, listener: Listener, *, caches: bool) -> None:
+        super().__init__(metric="epoch", mode="max")
+        self._schedule = schedule
+        self._store = store
+        self._caches = caches
+        self._listener = listener
+        self._nodes: dict[str, Node] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """See `ray.tune.search.Searcher`."""
+        node = self._schedule.next()
+        if node is None:
+            return Searcher.FINISHED if self._schedule.finished else None
+        self._nodes[trial_id] = node
+        self._listener.started(node)
+        return {
+            "name": node.name.replace("/", "-"),
+            "request": cloudpickle.dumps(node.request),
+            "storage": str(self._store.root),
+            "caches": self._caches,
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """An epoch of a trial."""
+        self._hear(self._nodes[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The end of a trial."""
+        node = self._nodes.pop(trial_id)
+        if result is not None and not error:
+            self._hear(node, result)
+        failure = (result or {}).get("failure")
+        if error or failure:
+            message = failure or "its worker died too often; see the log with -v"
+            self._schedule.failed(node, message)
+            self._listener.failed(node, message)
+        else:
+            self._schedule.done(node)
+            self._listener.finished(node)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: a new start plans again and skips what the store holds."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore, see `save`."""
+
+    def _hear(self, node: Node, result: dict[str, Any]) -> None:
+        if result.get("record"):
+            self._listener.epoch(node, EpochRecord(**result["record"]))
+
+
+class TrialActor(tune.Trainable):
+    """A worker process; `reuse_actors` keeps it, its imports and its open data set for the next trial."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin the first trial of this process."""
+        logging.getLogger("trainables").setLevel(logging.WARNING)
+        self._worker = worker_at(Path(config["storage"]), caches=config["caches"])
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial in the same process."""
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._trial, self._failure = None, None
+        try:
+            self._trial = self._worker.begin(cloudpickle.loads(config["request"]))
+        except TrainingError as error:
+            self._failure = str(error)
+
+    def step(self) -> dict[str, Any]:
+        """One epoch, or the news that there is nothing left to train."""
+        if self._trial is None:
+            return {"epoch": 0, "done": True, "failure": self._failure, "record": None}
+        if self._trial.done:
+            return {"epoch": self._trial.epoch, "done": True, "record": None}
+        try:
+            record = self._trial.step()
+        except TrainingError as error:
+            return {"epoch": self._trial.epoch, "done": True, "failure": str(error), "record": None}
+        return {"epoch": self._trial.epoch, "done": self._trial.done, "record": vars(record)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """States are kept by our own store, at every epoch."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """A trial begins at the deepest state in the store, see `setup`."""
+
+
+def _set_authentication(store: Store, *, local: bool) -> None:
+    """Token authentication, said explicitly: left unset, Ray writes a token of its own and later refuses to connect."""
+    if "RAY_AUTH_MODE" in os.environ or not local:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    path = store.root / "ray_auth_token"
+    if not path.is_file():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32), encoding="utf-8")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(path))
+
+
+@contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Ray's and Tune's own output only with -v."""
+    if verbose:
+        yield
+        return
+    for name in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
