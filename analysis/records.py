@@ -20,7 +20,6 @@ from urllib.request import url2pathname
 
 import numpy as np
 import pandas as pd
-from pydantic import ValidationError
 
 from analysis import schema
 from analysis.schema import StudyHeader
@@ -236,7 +235,7 @@ def _find_study(client: MlflowClient, tracking_uri: str, study: str) -> tuple[st
             header = schema.header_from_tags(experiment.tags)
             if header is not None:
                 return experiment.experiment_id, header
-    except (ValidationError, KeyError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise LedgerError(
             f"the header of study {study!r} in {tracking_uri} is unreadable ({first_line(error)}): it was written by "
             "another version; run the study again to write it anew (finished cells are not trained again)"

@@ -101,7 +101,7 @@ class StudyHeader(_Frozen):
     provenance: dict[str, str]  # command, versions, machine, digests
 
 
-_REFUSED = re.compile(r"[^\w.\- /]")  # by MLflow, in names of metrics and parameters; ':' is ours
+_REFUSED = re.compile(r"^\.+|[^\w.\- ]")  # by MLflow, in a part of a metric's or parameter's name; ':' is ours
 _ESCAPED = re.compile(r":([0-9A-F]*):")
 _TAG_PIECE = 5_000  # characters an experiment tag may hold in every MLflow server since 1.0
 
@@ -110,14 +110,14 @@ def metric_key(name: str) -> str:
     """A name as MLflow accepts it as the key of a metric or parameter; `metric_name` turns it back.
 
     MLflow takes letters, digits, '_', '-', '.', ' ', ':' and '/', and only names that are normal paths. Any other
-    character c becomes ':HEX:' (so '@' is ':40:' and ':' is ':3A:'), an empty part between slashes '::'.
+    character c becomes ':HEX:' (so '@' is ':40:' and ':' is ':3A:'), also dots that lead a part between slashes; an
+    empty part is '::'.
     """
     return "/".join(_escape_part(part) for part in name.split("/"))
 
 
 def _escape_part(part: str) -> str:
-    refused = r"\." if set(part) == {"."} else _REFUSED  # '.' and '..' are not normal path parts
-    return re.sub(refused, lambda found: f":{ord(found[0]):X}:", part) or "::"
+    return _REFUSED.sub(lambda found: "".join(f":{ord(character):X}:" for character in found[0]), part) or "::"
 
 
 def metric_name(key: str) -> str:
@@ -144,12 +144,15 @@ def header_from_tags(tags: Mapping[str, str]) -> StudyHeader | None:
     """The header that an experiment's tags hold; None where the experiment is no study of ours.
 
     Raises:
-        pydantic.ValidationError: the header was written by an incompatible version.
+        ValueError: the header was written by an incompatible version, or a piece of it was deleted.
     """
     text = tags.get(TAG_HEADER)
     if text is None:
         return None
     pointer = json.loads(text)
     if pointer.keys() == {"digest", "pieces"}:
-        text = "".join(tags[f"{TAG_HEADER}.{pointer['digest']}.{i}"] for i in range(pointer["pieces"]))
+        names = [f"{TAG_HEADER}.{pointer['digest']}.{i}" for i in range(pointer["pieces"])]
+        if not tags.keys() >= set(names):
+            raise ValueError(f"the tags {sorted(set(names) - tags.keys())} are missing")
+        text = "".join(tags[name] for name in names)
     return StudyHeader.model_validate_json(text)

@@ -1,4 +1,4 @@
-"""Run a study: data, plan, executor, ledger, report. The one place where they meet, and the only writer of the ledger."""
+"""Run a study: data, executor and ledger meet here, in the driver's process, and nowhere else."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console) -> tuple[StudyHe
     session.open()
     schedule = session.schedule()
     if schedule.nodes:
-        executor = _executor(plan, options)
+        executor = _executor(plan, options, store)
         metric = MAIN_METRIC[plan.study.rows[0].settings[plan.study.datasets[0]].task]
         with Progress(console, schedule, metric) as progress:
             session.watch(schedule, progress)
@@ -131,9 +131,8 @@ class Session:
     def epoch(self, node: Node, record: EpochRecord) -> None:
         """An epoch goes into every cell that contains it; a cell whose result is there is finished."""
         for chain in node.chains:
-            if chain.key not in self._results:
-                if not self._take_result(chain):
-                    self._ledger.log_epochs(chain.key, epochs_of(chain, [record]))
+            if chain.key not in self._results and not self._take_result(chain):
+                self._ledger.log_epochs(chain.key, epochs_of(chain, [record]))
         if self._progress is not None:
             self._progress.epoch(node, record)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -234,9 +233,12 @@ def _prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
     return contents
 
 
-def _executor(plan: Plan, options: RunOptions) -> Executor:
+def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
     if options.executor == "local":
         return LocalExecutor(plan.study.execution.max_failures)
+    from study.ray_environment import prepare_environment
+
+    prepare_environment(store.root, local=options.address is None)
     from study.ray_executor import RayExecutor
 
     return RayExecutor(plan.study.execution, plan.compute, address=options.address, verbose=options.verbose)

@@ -33,6 +33,7 @@ from analysis.tracking import (
     SQLITE,
     LedgerError,
     environment,
+    first_line,
     patiently,
     prepare_database,
     prepare_folder,
@@ -150,7 +151,7 @@ class Ledger:
         self._cells = {cell.key: cell for cell in cells}
         self._find_experiment(header)
         self._records = self._find_records()
-        self._write_header(keep_counted(header, schema.header_from_tags(self._experiment_tags)))
+        self._write_header(header)
         opened_ms = _now_ms()
         for row in rows:  # the UI lists the youngest first: the table's first row shall lead
             self._describe_row(row, opened_ms - row.index)
@@ -164,7 +165,7 @@ class Ledger:
     def close(self, header: StudyHeader) -> None:
         """Write what is buffered, the header, and each row's mean, sample standard deviation and n; end the rows."""
         self.flush()
-        self._write_header(keep_counted(header, schema.header_from_tags(self._experiment_tags)))
+        self._write_header(header)
         for row in self._rows.values():
             cells = [key for key, cell in self._cells.items() if cell.row_key == row.key]
             records = [self._records[key] for key in cells if key in self._records]
@@ -212,6 +213,11 @@ class Ledger:
         return records
 
     def _write_header(self, header: StudyHeader) -> None:
+        """Replace the experiment's header; the units that earlier launches counted stay until new ones are given."""
+        try:
+            header = keep_counted(header, schema.header_from_tags(self._experiment_tags))
+        except ValueError as error:
+            log.warning("the header of %r is unreadable (%s) and written anew", header.study, first_line(error))
         tags = schema.header_tags(header)
         for name, value in tags.items():
             if self._experiment_tags.get(name) != value:

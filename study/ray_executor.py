@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the ledger logs; Tune's own loggers would again
-os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "100000")  # Tune's restore is not used
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")
 
 import cloudpickle
 import ray
@@ -58,7 +49,7 @@ class RayExecutor:
         Raises:
             StudyError: the cluster cannot be reached, or no node of it can hold a trial.
         """
-        with _quiet(self._verbose), self._cluster(store):
+        with _quiet(self._verbose), self._cluster():
             slots = self._slots()
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
             searcher = StageSearcher(schedule, store, listener, caches=store.cache_folder() is not None)
@@ -84,9 +75,8 @@ class RayExecutor:
             raise StudyError(["Ray Tune ended before the study did; run the same command again to go on"])
 
     @contextmanager
-    def _cluster(self, store: Store) -> Iterator[None]:
+    def _cluster(self) -> Iterator[None]:
         environment = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
-        _set_authentication(store, local=self._address is None)
         options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": self._verbose}
         options |= {"logging_level": logging.INFO if self._verbose else logging.ERROR}
         if self._address is None:
@@ -168,6 +158,10 @@ class StageSearcher(Searcher):
             self._schedule.done(node)
             self._listener.finished(node)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes its searcher to disk for a restore that is never made; what is live here stays here."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: a new start plans again and skips what the store holds."""
 
@@ -217,18 +211,6 @@ class TrialActor(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """A trial begins at the deepest state in the store, see `setup`."""
-
-
-def _set_authentication(store: Store, *, local: bool) -> None:
-    """Token authentication, said explicitly: left unset, Ray writes a token of its own and later refuses to connect."""
-    if "RAY_AUTH_MODE" in os.environ or not local:
-        return
-    os.environ["RAY_AUTH_MODE"] = "token"
-    path = store.root / "ray_auth_token"
-    if not path.is_file():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32), encoding="utf-8")
-    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(path))
 
 
 @contextmanager
