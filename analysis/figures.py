@@ -35,6 +35,7 @@ MOST_COMPARISONS = 20
 MOST_DATASETS = 4
 _WIDTH = 7.0  # inches: the text width of a page
 _PAGE = 6.6  # inches of classes in one column before they are set in two
+_CLASS_NAME = (26, 2)  # characters a line, lines
 _DPI = 160
 _INK = "#222222"
 _STYLE = {
@@ -95,7 +96,8 @@ def _per_class(records: StudyRecords, table: StudyTable, dataset: str, position:
     classes = [j for j in range(len(grid.labels)) if (grid.n[:, j] > 0).any()]
     shown = classes[:MOST_CLASSES]
     legend = _Legend([_legend_name(grid.rows[i], int(grid.n[i].max())) for i in rows], lines=False)
-    pitch = max(0.26, 0.075 * len(rows) + 0.06)
+    lines = max(_wrap(grid.labels[j], *_CLASS_NAME).count("\n") + 1 for j in shown)
+    pitch = max(0.14 * lines + 0.1, 0.075 * len(rows) + 0.06)
     halves = 2 if len(shown) * pitch > _PAGE else 1
     per_panel = -(-len(shown) // halves)
     figure = Figure(figsize=(_WIDTH, 0.85 + per_panel * pitch + legend.height), layout="constrained")
@@ -129,7 +131,7 @@ def _class_points(axes: Axes, grid: MetricGrid, rows: Sequence[int], shown: Sequ
             "capsize": 1.8,
         }
         axes.errorbar(mean, places + offset, xerr=spread, linestyle="none", **style)
-    axes.set_yticks(places, [_wrap(grid.labels[j], 26, 2) for j in shown])
+    axes.set_yticks(places, [_wrap(grid.labels[j], *_CLASS_NAME) for j in shown])
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.grid(axis="y", visible=False)

@@ -41,7 +41,7 @@ def number(value: float, decimals: int = 4) -> str:
         return NOTHING
     if math.isinf(value):
         return "∞" if value > 0 else f"{MINUS}∞"
-    return f"{value:.{decimals}f}".replace("-", MINUS)
+    return f"{value:z.{decimals}f}".replace("-", MINUS)  # z: what rounds to zero bears no minus
 
 
 def signed(value: float, decimals: int = 4) -> str:

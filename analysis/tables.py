@@ -225,6 +225,7 @@ class _RowCells:
 
 
 def _row_cells(header: StudyHeader, cells: pd.DataFrame) -> dict[tuple[str, str], _RowCells]:
+    cells = cells[["dataset", "row", "seed", "status", "error", "noop_of", "mlflow_run_id", header.main_metric]]
     parts = {(str(dataset), str(row)): part for (dataset, row), part in cells.groupby(["dataset", "row"], sort=False)}
     keys = [(dataset, row) for dataset in header.datasets for row in header.rows]
     return {key: _of_row(header, key, parts.get(key, cells.iloc[:0])) for key in keys}

@@ -40,7 +40,9 @@ class Observer:
     @classmethod
     def of(cls, ema: EmaSettings, stopping: StoppingSettings) -> Observer:
         """The observer that a row's settings describe."""
-        return cls(ema.decay, ema.tau if ema.decay is not None else 0.0, stopping.patience)
+        if not ema.enabled:
+            return cls(None, 0.0, stopping.patience)
+        return cls(ema.decay, ema.tau, stopping.patience)
 
     @property
     def copy(self) -> str:

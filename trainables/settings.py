@@ -105,7 +105,8 @@ class WeightingSettings(Frozen):
 class EmaSettings(Frozen):
     """Averaged copy that a row is evaluated on: d_t = decay · (1 − exp(−t / tau)), t in optimiser steps of stage 2."""
 
-    decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="null: the raw weights are evaluated")
+    enabled: bool = Field(False, description="evaluate the averaged copy; false: the raw weights")
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="d: without effect unless enabled")
     tau: Positive = Field(100.0, description="steps of warm-up")
 
 

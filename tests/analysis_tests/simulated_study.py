@@ -52,7 +52,9 @@ def simulate(plan: Simulated = Simulated(), folder: Path | None = None, seed: in
     rng = np.random.default_rng(seed)
     ease = rng.uniform(0.70, 0.93, len(plan.classes))
     luck = {(d, s): rng.normal(0, 0.006) for d in plan.datasets for s in plan.seeds}
-    cells, history, predictions = [], [], {}
+    cells: list[dict[str, object]] = []
+    history: list[tuple[object, ...]] = []
+    predictions: dict[str, Path] = {}
     truth = _truth(plan, rng) if plan.test_images else None
     for d, dataset in enumerate(plan.datasets):
         for r, row in enumerate(plan.rows):
@@ -70,12 +72,12 @@ def simulate(plan: Simulated = Simulated(), folder: Path | None = None, seed: in
                 cell = _cell(plan, (dataset, row, s), np.minimum(aucs, 0.995), noise)
                 cells.append(cell)
                 if cell["status"] == "FINISHED":
-                    history.append(_history(plan, cell, level, noise))
+                    history.extend(_history(plan, cell, level, noise))
                     if truth is not None and scores is not None and folder is not None:
                         run = str(cell["mlflow_run_id"])
                         predictions[run] = _store(folder / run / "predictions.npz", truth, scores)
     frame = pd.DataFrame(cells)
-    tidy = pd.concat(history, ignore_index=True) if history else pd.DataFrame(columns=HISTORY)
+    tidy = pd.DataFrame(history, columns=list(HISTORY))
     return StudyRecords(_header(plan), _rows(plan), frame, tidy, predictions)
 
 
@@ -149,7 +151,9 @@ def _cell(
     return cell | {name: value if finished else np.nan for name, value in measured.items()}
 
 
-def _history(plan: Simulated, cell: dict[str, object], level: int, noise: np.random.Generator) -> pd.DataFrame:
+def _history(
+    plan: Simulated, cell: dict[str, object], level: int, noise: np.random.Generator
+) -> list[tuple[object, ...]]:
     final, best = float(str(cell["macro_auc"])), int(str(cell["best_epoch"]))
     last = min(plan.epochs, best + 7)
     epochs = np.arange(1, last + 1)
@@ -160,9 +164,12 @@ def _history(plan: Simulated, cell: dict[str, object], level: int, noise: np.ran
         "unfrozen_blocks": np.where(level > 0, np.clip(2 * (1 + (epochs - head - 1) // 2), 0, 10) * (epochs > head), 0),
         "train/loss": 0.4 * np.exp(-epochs / 10) + 0.2,
     }
-    identity = {name: cell[name] for name in ("dataset", "row", "seed")}
-    parts = [pd.DataFrame({**identity, "epoch": epochs, "metric": m, "value": v}) for m, v in series.items()]
-    return pd.concat(parts)
+    identity = tuple(cell[name] for name in HISTORY[:3])
+    return [
+        (*identity, int(epoch), metric, float(value))
+        for metric, values in series.items()
+        for epoch, value in zip(epochs, values, strict=True)
+    ]
 
 
 def _truth(plan: Simulated, rng: np.random.Generator) -> dict[str, np.ndarray]:

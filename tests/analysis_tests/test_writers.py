@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def test_verify_names_file_line_column_and_both_values(tmp_path: Path) -> None:
         (lambda _: "", "column 'study' is missing"),
     ],
 )
-def test_verify_sees_every_kind_of_tampering(tmp_path: Path, edit, expected: str) -> None:  # noqa: ANN001
+def test_verify_sees_every_kind_of_tampering(tmp_path: Path, edit: Callable[[str], str], expected: str) -> None:
     records = simulate()
     write_atomically(tmp_path / "table.csv", table_csv(build_table(records)))
     write_atomically(tmp_path / "cells.csv", edit(cells_csv(records)))

@@ -63,15 +63,15 @@ def _rows(
 ) -> Iterator[tuple[int, list[str]]]:
     header = [name.strip() for name in next(reader, [])]
     wanted = [_position(path, header, names) for names in columns.values()]
-    # Some tables end their rows, but not their header, with empty fields, or the other way round.
-    longest, last = len(header), max(wanted)
+    # Older tables end header and rows with a comma: a column without a name needs no value.
+    named = max(position for position, name in enumerate(header) if name) + 1
     empty = True
     for fields in reader:
         line = reader.line_num  # type: ignore[attr-defined]
         if not any(fields):
             continue
-        if len(fields) <= last or (len(fields) > longest and any(fields[longest:])):
-            raise DataError(f"{path}, line {line}: {len(fields)} fields; expected {longest} as in the header")
+        if len(fields) < named or any(fields[len(header) :]):
+            raise DataError(f"{path}, line {line}: {len(fields)} fields; expected {named} as in the header")
         empty = False
         yield line, [fields[position].strip() for position in wanted]
     if empty:
