@@ -24,7 +24,7 @@ class Costs:
     head: int
     token_values: int = 0  # numbers that one image's activations have at a block boundary
     feature_values: int = 0  # … and at the head's input
-    block_parameters: int = 0
+    block_parameters: int = 0  # parameters that train with a block, about
     head_parameters: int = 0
 
     @property
@@ -66,7 +66,15 @@ def vit_costs(
     tokens = patches + 1
     block = (4 + 2 * mlp_ratio) * tokens * hidden**2 + 2 * tokens**2 * hidden
     head = hidden * head_hidden + head_hidden**2 + head_hidden * classes
-    return Costs(embedding=_units(patches * 3 * patch**2 * hidden), blocks=(_units(block),) * layers, head=_units(head))
+    return Costs(
+        embedding=_units(patches * 3 * patch**2 * hidden),
+        blocks=(_units(block),) * layers,
+        head=_units(head),
+        token_values=tokens * hidden,
+        feature_values=hidden,
+        block_parameters=round((4 + 2 * mlp_ratio) * hidden**2),
+        head_parameters=head,
+    )
 
 
 def _units(macs: float) -> int:
