@@ -379,18 +379,32 @@ def _draw_groups(codes: npt.NDArray[np.intp], rng: np.random.Generator, draws: i
 def _weighted_auc(labels: npt.NDArray[np.int8], scores: Floats, counts: npt.NDArray[np.int32]) -> Floats:
     """AUC (D,) of labels and scores (N,) in which image i counts counts[i, d] times; NaN where a side is empty.
 
-    Mann–Whitney: Σ over distinct scores of positives there × (negatives below + ½ negatives there).
+    Mann–Whitney: Σ over positives of (negatives below + ½ negatives at the same score). Negatives are summed between
+    the scores of positives only, which are few.
     """
-    order = np.argsort(scores, kind="stable")
-    ranked, positive = counts[order], labels[order, None]
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
-    positives = np.add.reduceat(ranked * positive, starts, axis=0, dtype=np.float64)
-    negatives = np.add.reduceat(ranked * (1 - positive), starts, axis=0, dtype=np.float64)
-    below = np.cumsum(negatives, axis=0) - negatives / 2
-    pairs = positives.sum(axis=0) * negatives.sum(axis=0)
-    wins: Floats = np.einsum("nd,nd->d", positives, below)
+    positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+    levels, level = np.unique(scores[positives], return_inverse=True)
+    negatives = negatives[np.argsort(scores[negatives], kind="stable")]
+    cuts = np.concatenate([np.searchsorted(scores[negatives], levels, side) for side in ("left", "right")])
+    sums = _sums_before(counts[negatives], cuts)
+    below = (sums[: len(levels)] + sums[len(levels) :]) / 2
+    drawn = counts[positives].astype(np.float64)
+    pairs = drawn.sum(axis=0) * counts[negatives].sum(axis=0, dtype=np.float64)
+    wins: Floats = np.einsum("nd,nd->d", drawn, below[level])
     aucs: Floats = np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
     return aucs
+
+
+def _sums_before(rows: npt.NDArray[np.int32], cuts: npt.NDArray[np.intp]) -> Floats:
+    """Sums (K, D) of the rows (n, D) before each cut (K,)."""
+    starts, segment = np.unique(np.append(cuts, 0), return_inverse=True)
+    ends = np.zeros((len(starts), rows.shape[1]))
+    inner = starts[starts < len(rows)]
+    if len(inner):
+        sums = np.add.reduceat(rows, inner, axis=0)
+        np.cumsum(sums[: len(starts) - 1], axis=0, out=ends[1:])
+    totals: Floats = ends[segment[: len(cuts)]]
+    return totals
 
 
 def _finite(name: str, values: npt.ArrayLike, ndim: int = 1) -> Floats:

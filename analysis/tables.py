@@ -381,5 +381,5 @@ def _names(names: object) -> tuple[str, ...]:
 
 
 def _text(value: object) -> str:
-    """A cell's text; the ledger's gaps (None, NaN) are empty."""
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+    """A cell's text; the ledger's gaps (None, NaN, NA) are empty."""
+    return "" if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)) else str(value)

@@ -16,8 +16,6 @@ from typer.core import TyperGroup
 from study.documents import StudyError, apply, parse_override
 
 if TYPE_CHECKING:
-    import click
-
     from study.plan import Plan
     from study.spec import Study
 
@@ -28,7 +26,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 class StudyGroup(TyperGroup):
     """`launch.py STUDY …` runs a study: a first word that is no command is the name of one."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the command `run` in front of a study's name."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             args = ["run", *args]
@@ -92,7 +90,8 @@ def run(
 @app.command("list")
 def list_studies() -> None:
     """Shipped studies and known data sets."""
-    from study.spec import DATASETS, load_study, shipped_studies
+    from study.spec import load_study, shipped_studies
+    from trainables.data.registry import DATASETS
 
     console = Console()
     console.print("Studies", style="bold")

@@ -57,8 +57,9 @@ def _facts(index: Index) -> dict[str, Any]:
 def _text(facts: dict[str, Any], index: Index) -> str:
     lines = [f"{facts['dataset']}: {facts['images']:,} images of {facts['groups']:,} {index.group_kind}s"]
     lines.append(f"{'positives':28}" + "".join(f"{name:>9}" for name in SPLITS))
-    for name in index.classes:
-        lines.append(f"{name:28}" + "".join(f"{facts['splits'][s]['positives'][name]:>9,}" for s in SPLITS))
+    lines += [
+        f"{name:28}" + "".join(f"{facts['splits'][s]['positives'][name]:>9,}" for s in SPLITS) for name in index.classes
+    ]
     lines.append(f"{'images':28}" + "".join(f"{facts['splits'][s]['images']:>9,}" for s in SPLITS))
     lines.append(f"{index.group_kind + 's':28}" + "".join(f"{facts['splits'][s]['groups']:>9,}" for s in SPLITS))
     if index.dropped:

@@ -57,7 +57,8 @@ def provenance(plan: Plan, command: str) -> dict[str, str]:
         backbone, index = chain.material.backbone, chain.material.index
         facts[f"backbone {backbone.name}"] = f"sha256 {backbone.weights_digest()[:16]}"
         facts[f"data set {index.dataset}"] = (
-            f"{len(index)} images, {len(set(index.groups.tolist()))} {index.group_kind}s, split {index.split_digest()[:16]}"
+            f"{len(index)} images, {len(set(index.groups.tolist()))} {index.group_kind}s, "
+            f"split {index.split_digest()[:16]}"
         )
     return facts | library_versions()
 
@@ -185,9 +186,8 @@ def _left_out(plan: Plan, executed: set[str], finished: set[str]) -> int:
     keys: dict[str, int] = {}
     for chain in plan.chains:
         if chain.key in finished:
-            for key, units in zip(chain.keys, plan.epoch_units(chain), strict=True):
-                if key not in executed:
-                    keys[key] = units
+            planned = zip(chain.keys, plan.epoch_units(chain), strict=True)
+            keys |= {key: units for key, units in planned if key not in executed}
     unused = [c.build_units for c in plan.caches if not executed.intersection(c.users)]
     return sum(keys.values()) + (sum(unused) if len(finished) == len(plan.chains) else 0)
 

@@ -24,16 +24,16 @@ class _Loader(yaml.SafeLoader):
     """Safe loading that refuses a key given twice instead of keeping the last one."""
 
 
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> Document:
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float | bool | None):
             raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
         seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
@@ -124,7 +124,7 @@ def apply(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> Document
     Raises:
         StudyError: a path goes through something that is not a mapping.
     """
-    result = _copy(document)
+    result: Document = _copy(document)
     problems = []
     for key, value in flatten(overrides).items():
         target = result

@@ -71,6 +71,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 METRICS_A_BATCH, TAGS_A_BATCH = 1000, 100  # MLflow's limits of one log_batch; parameters as tags
+VIEW = "spft"  # the view of the runs' table that the UI opens with: MLflow itself shows no metric there
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 RUN_STATUS = {"RUNNING": "RUNNING", "FINISHED": "FINISHED", "FAILED": "FAILED", "PRUNED": "KILLED"}
 
 
@@ -81,6 +83,7 @@ class _Record:
     run_id: str
     name: str
     status: str
+    start_ms: int
     end_ms: int | None
     tags: dict[str, str]
     params: dict[str, str]
@@ -92,7 +95,7 @@ class _Record:
         inputs = {(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs}
         data, info = run.data, run.info
         return cls(
-            info.run_id, info.run_name, info.status, info.end_time,
+            info.run_id, info.run_name, info.status, info.start_time, info.end_time,
             dict(data.tags), dict(data.params), dict(data.metrics), inputs,
         )  # fmt: skip
 
@@ -152,6 +155,7 @@ class Ledger:
         self._find_experiment(header)
         self._records = self._find_records()
         self._write_header(header)
+        self._write_experiment_tags({VIEW_TAG: _view(header)})
         opened_ms = _now_ms()
         for row in rows:  # the UI lists the youngest first: the table's first row shall lead
             self._describe_row(row, opened_ms - row.index)
@@ -169,7 +173,8 @@ class Ledger:
         for row in self._rows.values():
             cells = [key for key, cell in self._cells.items() if cell.row_key == row.key]
             records = [self._records[key] for key in cells if key in self._records]
-            end_ms = max((r.end_ms for r in records if r.end_ms is not None), default=_now_ms())
+            ends_ms = [r.end_ms for r in records if r.end_ms is not None]
+            end_ms = max([self._records[row.key].start_ms, *ends_ms])  # cells may be older than the row: from the store
             finished = [r for r in records if r.tags[schema.TAG_STATUS] == "FINISHED"]
             self._write_aggregates(row.key, finished, end_ms)
             self._end(row.key, row_status([self.status_of(key) for key in cells]), end_ms)
@@ -219,15 +224,16 @@ class Ledger:
         except ValueError as error:
             log.warning("the header of %r is unreadable (%s) and written anew", header.study, first_line(error))
         tags = schema.header_tags(header)
-        for name, value in tags.items():
-            if self._experiment_tags.get(name) != value:
-                self._persist("writing the header", self._set_experiment_tag, name, value)
+        self._write_experiment_tags(tags)
         for name in [n for n in self._experiment_tags if n.startswith(schema.TAG_HEADER) and n not in tags]:
             self._persist("writing the header", self._delete_experiment_tag, name)
 
-    def _set_experiment_tag(self, name: str, value: str) -> None:
-        self._client.set_experiment_tag(self._experiment_id, name, value)
-        self._experiment_tags[name] = value
+    def _write_experiment_tags(self, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            if self._experiment_tags.get(name) != value:
+                set_tag = self._client.set_experiment_tag
+                self._persist("writing the study's tags", set_tag, self._experiment_id, name, value)
+                self._experiment_tags[name] = value
 
     def _delete_experiment_tag(self, name: str) -> None:
         present = self._client.get_experiment(self._experiment_id).tags
@@ -332,10 +338,14 @@ class Ledger:
         return self._records[key].run_id
 
     def ui_command(self) -> str:
-        """What opens the MLflow UI: a command for a local store, else the server's address."""
+        """What opens the MLflow UI: a command for a local store, else the address of the study on the server."""
         if not self.tracking_uri.startswith(SQLITE):
-            return f"{self.tracking_uri.rstrip('/')}/#/experiments/{self._experiment_id}".removesuffix("/")
+            return f"{self.tracking_uri.rstrip('/')}{self.ui_path()}"
         return f"mlflow ui --backend-store-uri {shlex.quote(self.tracking_uri)}"
+
+    def ui_path(self) -> str:
+        """Where the study lies below the UI's address: its runs, with the main metric's mean, deviation and n."""
+        return f"/#/experiments/{self._experiment_id}/runs?viewStateShareKey={VIEW}"
 
     def _start(self, cell_key: str, start_ms: int) -> None:
         """Make a cell RUNNING, and its row with it: a new run, or a failed one again."""
@@ -501,6 +511,12 @@ def _metrics(values: Mapping[str, float], time_ms: int, step: int) -> list[Metri
     from mlflow.entities import Metric
 
     return [Metric(checked_key(name), float(value), time_ms, step) for name, value in values.items()]
+
+
+def _view(header: StudyHeader) -> str:
+    """State of MLflow's table of runs: columns for the main metric of rows and of cells."""
+    metric = metric_key(schema.TEST + header.main_metric)
+    return as_json({"selectedColumns": [f"metrics.`{metric}{of}`" for of in ("/mean", "/std", "/n", "")]})
 
 
 def _parts(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:

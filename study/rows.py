@@ -82,7 +82,9 @@ def _plain(row: RowDocument, at: Path_) -> RowDraft:
 def _cumulative(rows: Sequence[RowDocument]) -> tuple[RowDraft, ...]:
     """Row i has everything that rows 0 … i set, and the marks of their parts."""
     parts = [row.part for row in rows if row.part is not None]
-    drafts, changes, on = [], {}, set[str]()
+    drafts: list[RowDraft] = []
+    changes: dict[str, Any] = {}
+    on: set[str] = set()
     for i, row in enumerate(rows):
         changes = changes | flatten(row.set)
         if row.part is not None:

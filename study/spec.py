@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from trainables.data.registry import DATASETS
 from trainables.settings import Frozen, Settings
 
 SHIPPED = Path(__file__).parent / "studies"
+PROFILES = Path(__file__).parent / "profiles.yaml"
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -55,7 +57,7 @@ class StudyDocument(Settings):
     datasets: tuple[str, ...] | None = Field(None, description="several data sets; default: dataset.name alone")
     rows: RowsDocument
     profiles: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="data set → settings in force when the study runs on it, by dotted key"
+        default_factory=dict, description="data set → settings of this study on it, by dotted key; they win over it"
     )
     smoke: dict[str, Any] = Field(default_factory=dict, description="settings of --smoke, by dotted key")
     execution: Execution = Execution()
@@ -151,6 +153,12 @@ def shipped_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
+@cache
+def shipped_profiles() -> Document:
+    """Data set → settings that every study on it starts from."""
+    return read_document(PROFILES)
+
+
 def find_study(name: str) -> Path:
     """File of a shipped study by name, or the file itself.
 
@@ -213,10 +221,11 @@ def _check_dataset_names(names: Iterable[str], problems: _Problems) -> None:
 
 
 def _complete(document: Document, dataset: str, choices: Choices, *, alone: bool) -> Document:
-    """Baseline ← profile of the data set ← --smoke ← command line, later ones winning."""
+    """Shipped profile of the data set ← the file ← its own profile ← --smoke ← command line, later ones winning."""
+    completed = apply(apply({}, shipped_profiles().get(dataset, {})), document)
     profiles = document.get("profiles")
-    profile = profiles.get(dataset, {}) if isinstance(profiles, dict) else {}
-    completed = apply(document, profile if isinstance(profile, dict) else {})
+    if isinstance(profiles, dict) and isinstance(profiles.get(dataset), dict):
+        completed = apply(completed, profiles[dataset])
     if choices.smoke and isinstance(document.get("smoke"), dict):
         completed = apply(completed, document["smoke"])
     roots = choices.data_roots

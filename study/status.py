@@ -21,7 +21,7 @@ def status_table(records: StudyRecords) -> Table:
             counts = Counter(own["status"])
             said = ", ".join(f"{n} {status.lower()}" for status, n in sorted(counts.items()))
             seen = history[(history["row"] == row) & (history["dataset"] == dataset)]
-            epochs = seen.groupby("seed")["epoch"].max() if len(seen) else {}
-            reached = ", ".join(f"seed {seed}: {epoch}" for seed, epoch in dict(epochs).items())
+            epochs = dict(seen.groupby("seed")["epoch"].max())
+            reached = ", ".join(f"seed {seed}: {epoch}" for seed, epoch in epochs.items())
             table.add_row(row, dataset, said, reached or "–")
     return table

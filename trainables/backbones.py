@@ -87,4 +87,5 @@ class PooledViT(nn.Module):
 
     def predict(self, features: Tensor) -> Tensor:
         """(B, H) features → (B, C) logits."""
-        return self.classifier(features)
+        logits: Tensor = self.classifier(features)
+        return logits

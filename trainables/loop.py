@@ -174,7 +174,7 @@ class Trajectory:
         self._optimiser.zero_grad(set_to_none=True)
         outputs, start = self._forward(rows)
         loss = self.task.loss(outputs, rows, loss_weights)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.optimiser.clip_norm is not None:
             trained = [p for p in self.model.module().parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, self.settings.optimiser.clip_norm)
@@ -252,7 +252,7 @@ class Trajectory:
         """Everything that the next epoch depends on."""
         last = phase(self.settings.strategy, len(self.model.blocks()), self.epoch - 1)
         tensors = {f"model/{name}": t for name, t in trained_tensors(self.model, last).items()}
-        names = {p: n for n, p in self.model.module().named_parameters()}
+        names: dict[Tensor, str] = {p: n for n, p in self.model.module().named_parameters()}
         for parameter, slots in self._optimiser.state.items():
             tensors |= {f"optimiser/{names[parameter]}/{slot}": t for slot, t in slots.items()}
         for copy, average in self._averages.items():

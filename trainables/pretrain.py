@@ -3,10 +3,11 @@
     python -m trainables.pretrain --out trainables/tiny_phantom          # about 20 minutes on one core
     python -m trainables.pretrain --out trainables/tiny_phantom --evaluate    # about a minute
 
-Two objectives share one pass over masked views of an image, of which only the visible patches are encoded:
-reconstruction of the hidden patches, normalised a patch (He et al., Masked Autoencoders, CVPR 2022), and agreement of
-the pooled visible patches of two views against the rest of the batch (InfoNCE; Chen et al., SimCLR, ICML 2020). A batch
-holds whole patients, so what must be told apart is what differs between images of one anatomy. The result is a plain
+Two objectives share one pass over a masked view of an image, of which only the visible patches are encoded:
+reconstruction of the hidden patches, normalised a patch (He et al., Masked Autoencoders, CVPR 2022), and description of
+the whole image by the mean of the visible tokens: the whitened principal components of what the undisturbed view looks
+like (brightness on a coarse grid, strength of edges). Whitening gives faint and local appearances the weight that mere
+brightness would take; the view's disturbances teach which differences are the scanner's. The result is a plain
 transformers `Dinov2Model`.
 """
 
@@ -49,15 +50,15 @@ TARGET = 4  # px: side of a patch as it is to be reconstructed
 class Recipe:
     """Everything the weights depend on, besides the code."""
 
-    steps: int = 9000
-    batch: int = 64  # images, each in two views
+    steps: int = 3000
+    batch: int = 96
     images: int = 1500  # of each kind and hospital
-    visible: float = 0.3  # share of the patches that are encoded
+    visible: float = 0.5  # share of the patches that are encoded
     lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the steps
-    contrast: float = 0.5  # weight of InfoNCE beside the reconstruction
-    temperature: float = 0.15
+    description: float = 1.0  # weight of the description beside the reconstruction
+    components: int = 64  # of the description
     seed: int = 7
 
 
@@ -107,36 +108,64 @@ class Pool:
         scaled = self.images[::7].astype(np.float64) / 255
         return scaled.mean((0, 1, 2)).round(4).tolist(), scaled.std((0, 1, 2)).round(4).tolist()
 
-    def batches(self, batch: int, rng: np.random.Generator, run: int = 8) -> Iterator[npt.NDArray[np.intp]]:
-        """Endless batches of one kind each, made of runs of consecutive images: patients stay together."""
+    def batches(self, batch: int, rng: np.random.Generator) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+        """Endless (kind, rows), each batch of one kind."""
         while True:
             kind = int(rng.integers(2))
-            rows = np.flatnonzero(self.kinds == kind)
-            starts = rng.choice(len(rows) - run, batch // run, replace=False)
-            yield rows[np.unique(starts[:, None] + np.arange(run))]
+            yield kind, rng.choice(np.flatnonzero(self.kinds == kind), batch, replace=False)
 
 
-def two_views(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 3, 96, 96) in [0, 1] → (2B, 3, 64, 64): crops under another scanner's look."""
-    twice = torch.cat([images, images])
-    count = len(twice)
+def _uniform(generator: torch.Generator, count: int, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    scale, turn = uniform(0.78, 1.0), uniform(-0.08, 0.08)
-    offset = uniform(-1, 1, 2) * (1 - scale)[:, None]
-    theta = torch.stack([torch.stack([scale, turn, offset[:, 0]], 1), torch.stack([-turn, scale, offset[:, 1]], 1)], 1)
+def crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 3, 96, 96) → (B, 3, 64, 64): shifted, slightly turned, 82 to 100 % of the side."""
+    count = len(images)
+    scale, turn = (_uniform(generator, count, *bounds).flatten() for bounds in ((0.82, 1.0), (-0.06, 0.06)))
+    right, down = ((1 - scale) * _uniform(generator, count, -1, 1).flatten() for _ in range(2))
+    theta = torch.stack([torch.stack([scale, turn, right], 1), torch.stack([-turn, scale, down], 1)], 1)
     grid = functional.affine_grid(theta, [count, 3, IMAGE, IMAGE], align_corners=False)
-    softened = functional.avg_pool2d(twice, 3, stride=1, padding=1)
-    blurred = uniform(0.1, 0.6, 1, 1, 1)
-    views = functional.grid_sample(
-        (1 - blurred) * twice + blurred * softened, grid, align_corners=False, padding_mode="border"
-    )
-    views = views.clamp(1e-3, 1) ** uniform(0.75, 1.35, 1, 1, 1)
-    views = (views - 0.5) * uniform(0.75, 1.3, 1, 1, 1) + 0.5 + uniform(-0.08, 0.08, 1, 1, 1)
-    noise = torch.randn(count, 1, IMAGE, IMAGE, generator=generator)
-    return views + noise * uniform(0, 0.035, 1, 1, 1)
+    smooth = functional.avg_pool2d(images, 2, stride=1)  # against aliasing: 96 px become 64
+    return functional.grid_sample(smooth, grid, align_corners=False, padding_mode="border")
+
+
+def disturb(views: Tensor, generator: torch.Generator) -> Tensor:
+    """The same views, (B, 3, S, S) in [0, 1], as another scanner would show them: brightness, contrast, blur, noise."""
+    count = len(views)
+    blurred = _uniform(generator, count, 0.0, 0.5)
+    views = (1 - blurred) * views + blurred * functional.avg_pool2d(views, 3, stride=1, padding=1)
+    views = views.clamp(1e-3, 1) ** _uniform(generator, count, 0.8, 1.25)
+    views = (views - 0.5) * _uniform(generator, count, 0.8, 1.25) + 0.5 + _uniform(generator, count, -0.06, 0.06)
+    noise = torch.randn(count, 1, *views.shape[2:], generator=generator)
+    return views + noise * _uniform(generator, count, 0, 0.03)
+
+
+class Description:
+    """What a view looks like, as the whitened principal components of a coarse descriptor; fitted on a kind of image."""
+
+    def __init__(self, views: Tensor, components: int) -> None:
+        described = self._describe(views)
+        self._mean = described.mean(0)
+        self._scale = torch.cat([block.std().expand(block.shape[1]) for block in self._blocks(described - self._mean)])
+        _, spread, directions = torch.linalg.svd((described - self._mean) / self._scale, full_matrices=False)
+        self._directions = directions[:components].T / (spread[:components] / len(views) ** 0.5)
+
+    def of(self, views: Tensor) -> Tensor:
+        """(B, 3, 64, 64) → (B, components), about unit variance each."""
+        return ((self._describe(views) - self._mean) / self._scale) @ self._directions
+
+    @staticmethod
+    def _describe(views: Tensor) -> Tensor:
+        """Colours on a 16 × 16 grid, then the mean strength of vertical and of horizontal edges on an 8 × 8 grid."""
+        grey = views.mean(1, keepdim=True)
+        edges = [grey.diff(dim=dim).abs() for dim in (3, 2)]
+        strengths = [functional.adaptive_avg_pool2d(edge, GRID).flatten(1) for edge in edges]
+        return torch.cat([functional.avg_pool2d(views, IMAGE // 16).flatten(1), *strengths], 1)
+
+    @staticmethod
+    def _blocks(described: Tensor) -> tuple[Tensor, Tensor]:
+        return described[:, : 3 * 16 * 16], described[:, 3 * 16 * 16 :]
 
 
 class Pretrainer(nn.Module):
@@ -151,14 +180,17 @@ class Pretrainer(nn.Module):
         self.decoder_position = nn.Parameter(0.02 * torch.randn(1, GRID * GRID, width))
         self.decoder = nn.TransformerEncoderLayer(width, 3, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.decoder_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * TARGET * TARGET))
-        self.projection = nn.Sequential(nn.Linear(width, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
+        self.describers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 192), nn.GELU(), nn.Linear(192, recipe.components)) for _ in range(2)
+        )
 
-    def forward(self, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(reconstruction, InfoNCE) of (2B, 3, 64, 64) normalised views; the second half are the first's partners."""
-        order = torch.rand(len(pixels), GRID * GRID, generator=generator).argsort(1)
+    def forward(self, views: Tensor, described: Tensor, kind: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Losses (reconstruction, description) of (B, 3, 64, 64) normalised views of one kind."""
+        order = torch.rand(len(views), GRID * GRID, generator=generator).argsort(1)
         kept = order[:, : round(self.recipe.visible * GRID * GRID)]
-        encoded = self.encode_visible(pixels, kept)
-        return self._reconstruction(pixels, encoded, order, kept), self._agreement(encoded.mean(1))
+        encoded = self.encode_visible(views, kept)
+        description = functional.mse_loss(self.describers[kind](encoded.mean(1)), described)
+        return self._reconstruction(views, encoded, order, kept), description
 
     def encode_visible(self, pixels: Tensor, kept: Tensor) -> Tensor:
         """(B, V, width) tokens of the patches at the positions `kept` (B, V), as if no other patch existed."""
@@ -185,14 +217,6 @@ class Pretrainer(nn.Module):
         hidden = order[:, kept.shape[1] :, None].expand(-1, -1, target.shape[2])
         return functional.mse_loss(predicted.gather(1, hidden), target.gather(1, hidden))
 
-    def _agreement(self, pooled: Tensor) -> Tensor:
-        projected = functional.normalize(self.projection(pooled), dim=1)
-        similarity = projected @ projected.T / self.recipe.temperature
-        similarity.fill_diagonal_(-1e9)
-        half = len(pooled) // 2
-        partner = torch.arange(len(pooled)).roll(half)
-        return functional.cross_entropy(similarity, partner)
-
 
 def pretrain(recipe: Recipe, pool: Pool) -> Pretrainer:
     """Train for `recipe.steps` steps; logs both losses every 250."""
@@ -204,14 +228,17 @@ def pretrain(recipe: Recipe, pool: Pool) -> Pretrainer:
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(recipe, step))
+    descriptions = [_fit_description(pool, kind, recipe, generator) for kind in range(2)]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in pool.statistics())
     batches = pool.batches(recipe.batch, np.random.default_rng(recipe.seed))
     begin = time.monotonic()
     for step in range(1, recipe.steps + 1):
-        images = torch.from_numpy(pool.images[next(batches)]).permute(0, 3, 1, 2).float() / 255
-        views = (two_views(images, generator) - mean) / std
-        reconstruction, agreement = model(views, generator)
-        loss = reconstruction + recipe.contrast * agreement
+        kind, rows = next(batches)
+        views = crop(_as_tensor(pool.images[rows]), generator)
+        described = descriptions[kind].of(views)
+        views = (disturb(views, generator) - mean) / std
+        reconstruction, description = model(views, described, kind, generator)
+        loss = reconstruction + recipe.description * description
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,13 +247,24 @@ def pretrain(recipe: Recipe, pool: Pool) -> Pretrainer:
         if step % 250 == 0:
             took = time.monotonic() - begin
             _log.info(
-                "step %d: reconstruction %.4f, agreement %.4f, %.0f s",
+                "step %d: reconstruction %.4f, description %.4f, %.0f s",
                 step,
                 reconstruction.item(),
-                agreement.item(),
+                description.item(),
                 took,
             )
     return model
+
+
+def _fit_description(pool: Pool, kind: int, recipe: Recipe, generator: torch.Generator) -> Description:
+    rows = np.flatnonzero(pool.kinds == kind)
+    sample = rows[:: max(1, len(rows) // 3000)]
+    return Description(crop(_as_tensor(pool.images[sample]), generator), recipe.components)
+
+
+def _as_tensor(images: npt.NDArray[np.uint8]) -> Tensor:
+    """(B, H, W, C) uint8 → (B, C, H, W) in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 def _rate(recipe: Recipe, step: int) -> float:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ledger_samples import CLASSES, ROWS, START_MS, Sample, contents, digest, drawn, new_database, run_study
+from mlflow.utils.validation import _validate_metric_name
 
 from analysis import schema
 from analysis.records import StudyRecords, load
@@ -206,8 +207,6 @@ def test_a_header_of_another_version_is_refused_with_the_remedy(uri: str) -> Non
 
 @given(st.text(max_size=30) | st.text(alphabet="/.:4A@ _-ä", max_size=12))
 def test_every_name_has_a_key_that_mlflow_accepts_and_that_turns_back(name: str) -> None:
-    from mlflow.utils.validation import _validate_metric_name
-
     key = schema.metric_key(name)
     _validate_metric_name(key)
     assert schema.metric_name(key) == name

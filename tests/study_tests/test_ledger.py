@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import logging
 import math
 import os
@@ -678,7 +679,17 @@ def test_telemetry_is_off(uri: str) -> None:
 
 
 def test_the_ui_command_names_the_store(uri: str, tmp_path: Path) -> None:
-    assert opened(uri).ui_command() == f"mlflow ui --backend-store-uri {uri}"
+    ledger = opened(uri)
+    assert ledger.ui_command() == f"mlflow ui --backend-store-uri {uri}"
+    assert ledger.ui_path() == f"/#/experiments/{ledger._experiment_id}/runs?viewStateShareKey=spft"
+    view = json.loads(ledger._client.get_experiment(ledger._experiment_id).tags["mlflow.sharedViewState.spft"])
+    assert view["selectedColumns"][0] == "metrics.`test/macro_auc/mean`"
+
+
+def test_no_run_ends_before_it_began_though_its_cells_come_from_the_store(uri: str) -> None:
+    ledger = Ledger(uri)
+    run_study(ledger, Sample())  # told as trained long ago
+    assert all(run.info.end_time >= run.info.start_time for run in runs_of(ledger))
 
 
 @pytest.mark.slow

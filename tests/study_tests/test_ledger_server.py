@@ -157,5 +157,5 @@ def test_the_address_of_the_ui_is_the_experiments(server: Server) -> None:
     sample = replace(Sample(), name="address")
     ledger = Ledger(server.uri)
     ledger.open(sample.header(), sample.row_headers(), sample.cell_headers())
-    assert ledger.ui_command() == f"{server.uri}/#/experiments/{ledger._experiment_id}"
+    assert ledger.ui_command() == f"{server.uri}/#/experiments/{ledger._experiment_id}/runs?viewStateShareKey=spft"
     assert ledger.run_id(digest("row", "chestxray14", ROWS[0]))
