@@ -143,7 +143,7 @@ def apply(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> Document
 
 
 # Values that are mappings themselves: a row or profile replaces them whole.
-_MAPPING_VALUES = frozenset({"weighting.boosts"})
+_MAPPING_VALUES = frozenset({"weighting.boosts", "rows"})
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -71,7 +71,7 @@ class PooledViT(nn.Module):
         return self.classifier
 
     def module(self) -> nn.Module:
-        """This module."""
+        """The whole of it."""
         return self
 
     def advance(self, x: Tensor, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What training leaves behind, as plain data: epoch records and cell results. No torch, so that a driver can read them."""
+"""What training leaves behind, as plain data that a driver reads without torch: epoch records, cell results."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Tests: behaviour proven on real parts."""

@@ -1,0 +1,78 @@
+"""Small studies that the tests run for real, and how to run them in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from analysis.records import StudyRecords, load
+from analysis.report import write_report
+from analysis.schema import StudyHeader
+from study.documents import apply
+from study.driver import RunOptions, run_plan
+from study.plan import Plan, make_plan
+from study.spec import Choices, find_study, load_study
+
+# The smallest run in which every part of the ablation acts: two unfreezing steps, weights refined, decays that differ.
+TINY: Mapping[str, Any] = {
+    "seeds": [0, 1],
+    "dataset.images": 600,
+    "strategy.head_epochs": 1,
+    "strategy.tune_epochs": 2,
+    "strategy.step": 4,
+    "model.head_hidden": 64,
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A study that was run."""
+
+    plan: Plan
+    header: StudyHeader
+    complete: bool
+    storage: Path
+
+    @property
+    def uri(self) -> str:
+        """Its ledger."""
+        return f"sqlite:///{self.storage.resolve() / 'mlflow.db'}"
+
+    def records(self) -> StudyRecords:
+        """What its ledger holds."""
+        return load(self.uri, self.plan.study.name)
+
+    def cells(self) -> pd.DataFrame:
+        """Its cells.csv, by row and seed."""
+        folder = self.storage / self.plan.study.name / "report"
+        write_report(self.records(), folder)
+        return pd.read_csv(folder / "cells.csv").set_index(["row", "seed"]).sort_index()
+
+
+def planned(
+    storage: Path, overrides: Mapping[str, Any] = TINY, *, study: str = "ablation", sharing: bool = True
+) -> Plan:
+    """A plan of a shipped study with overrides."""
+    declared = load_study(find_study(study), Choices(apply({}, overrides)))
+    return make_plan(declared, storage=storage, sharing=sharing)
+
+
+def run_study(
+    storage: Path,
+    overrides: Mapping[str, Any] = TINY,
+    *,
+    study: str = "ablation",
+    sharing: bool = True,
+    executor: str = "local",
+    address: str | None = None,
+) -> Ran:
+    """Plan and run a shipped study with overrides, in this process."""
+    plan = planned(storage, overrides, study=study, sharing=sharing)
+    options = RunOptions(storage, command="a test", executor=executor, address=address)
+    header, complete = run_plan(plan, options, Console(quiet=True))
+    return Ran(plan, header, complete, storage)
