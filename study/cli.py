@@ -82,7 +82,7 @@ def run(
     declared = load_study(find_study(study), Choices(overrides, dataset, roots, smoke))
     folder = _storage(storage, smoke)
     if plan:
-        _print_plan(_planned(declared, folder, not no_sharing, download=False), as_json)
+        _print_plan(_planned(declared, folder, not no_sharing, download=False), folder, as_json)
         return
     _run(declared, folder, tracking_uri, address, executor, not no_sharing, as_json, verbose)
 
@@ -330,11 +330,14 @@ def _silence(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 
-def _print_plan(planned: Plan, as_json: bool) -> None:
-    facts = planned.as_json()
+def _print_plan(planned: Plan, folder: Path, as_json: bool) -> None:
+    from study.schedule import pending_schedule
+
+    pending = pending_schedule(planned, folder).pending_units
+    facts = planned.as_json() | {"pending_units": pending}
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     from study.plan_view import plan_table
 
-    Console().print(plan_table(planned))
+    Console().print(plan_table(planned, pending))

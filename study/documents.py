@@ -12,6 +12,10 @@ Document = dict[str, Any]
 Path_ = tuple[str | int, ...]
 
 
+MERGE = "tag:yaml.org,2002:merge"  # the key `<<`
+LARGEST = 200_000  # values in a study file, aliases written out
+
+
 class StudyError(ValueError):
     """A study cannot be run as declared; holds every problem found, each one line."""
 
@@ -27,6 +31,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == MERGE:
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float | bool | None):
             raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
@@ -53,6 +59,8 @@ def read_document(path: Path) -> Document:
         raise StudyError([f"{path}: not UTF-8 text"]) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise StudyError([f"{path}: {_yaml_problem(error)}"]) from error
+    if _values(data, {}) > LARGEST:
+        raise StudyError([f"{path}: too large: more than {LARGEST:,} values once its aliases are written out"])
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise StudyError([f"{path}: expected a mapping of keys such as study, seeds, rows at the top"])
     return data
@@ -64,11 +72,20 @@ def _yaml_problem(error: Exception) -> str:
     return f"{where}{getattr(error, 'problem', None) or 'not valid YAML'}"
 
 
+def _values(data: Any, known: dict[int, int]) -> int:
+    """Number of values, counting what an alias repeats as often as it stands there, without writing it out."""
+    if not isinstance(data, dict | list):
+        return 1
+    if id(data) not in known:
+        known[id(data)] = 1 + sum(_values(v, known) for v in (data.values() if isinstance(data, dict) else data))
+    return known[id(data)]
+
+
 def key_lines(path: Path) -> dict[Path_, int]:
     """Line (from 1) of every key and list item of a YAML file; empty where it cannot be parsed."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     lines: dict[Path_, int] = {}
     pending: list[tuple[Path_, yaml.Node]] = [((), root)] if root is not None else []
@@ -80,6 +97,8 @@ def key_lines(path: Path) -> dict[Path_, int]:
         visited.add(id(node))
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
                 lines[(*at, key.value)] = key.start_mark.line + 1
                 pending.append(((*at, key.value), value))
         elif isinstance(node, yaml.SequenceNode):

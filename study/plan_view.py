@@ -8,7 +8,7 @@ from analysis.statistics import detectable_dz
 from study.plan import Plan
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan, pending: int) -> Table:
     """Cells, stages, costs, disk, and what the seeds can show."""
     table = Table(title=f"plan of {plan.study.name}: {plan.study.title}", show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -21,11 +21,10 @@ def plan_table(plan: Plan) -> Table:
         "cells", f"{len(plan.chains)} = {len(study.rows)} rows × {len(study.seeds)} seeds × {len(study.datasets)}"
     )
     table.add_row("stages", f"{len(plan.stages)}, of which {plan.shared_stages} serve several cells")
-    table.add_row("units alone", f"{units.alone:>16,}   every cell for itself")
+    table.add_row("units alone", f"{units.alone:>16,}   each cell by itself")
     table.add_row("units shared", f"{units.shared:>16,}   this plan: {units.alone / units.shared:.2f}× less")
-    table.add_row(
-        "units floor", f"{units.floor:>16,}   the least that gives the same bits: {units.alone / units.floor:.2f}×"
-    )
+    table.add_row("units floor", f"{units.floor:>16,}   least for the same bits: {units.alone / units.floor:.2f}×")
+    table.add_row("still to train", f"{pending:>16,}   not in the storage yet")
     table.add_row("images to decode", f"{plan.images_to_decode:,}")
     table.add_row("disk", f"{plan.disk_bytes / 1e6:,.0f} MB for images, caches, states and weights")
     dz = detectable_dz(len(study.seeds))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from study.plan import Chain, Plan
@@ -53,6 +54,7 @@ class Schedule:
     ) -> None:
         """Build the tree; trials whose final state is there and that no observer watches yet are done already."""
         self.nodes = _nodes(plan, pending)
+        self._plan = plan
         self._has_result = has_result
         for node in self.nodes:
             head_epochs = node.request.settings.strategy.head_epochs
@@ -86,6 +88,14 @@ class Schedule:
         node.status = "waiting"
 
     @property
+    def pending_units(self) -> int:
+        """Training units of the trials that have not run yet, and of the caches that they read."""
+        waiting = [n for n in self.nodes if n.status == "waiting"]
+        keys = {key for node in waiting for key in node.request.keys[node.request.first :]}
+        caches = sum(c.build_units for c in self._plan.caches if keys.intersection(c.users))
+        return sum(node.units for node in waiting) + caches
+
+    @property
     def finished(self) -> bool:
         """No trial waits or runs."""
         return all(n.status not in ("waiting", "running") for n in self.nodes)
@@ -99,6 +109,17 @@ class Schedule:
             node.status = "skipped"
             for child in node.children:
                 self._skip_if_resolved(child)
+
+
+def pending_schedule(plan: Plan, folder: Path) -> Schedule:
+    """What a launch over a storage folder would run; nothing is written, and the folder need not exist."""
+    from study.store import result_folder, state_folder
+
+    def has_result(chain: Chain) -> bool:
+        return result_folder(folder, chain.leaf, chain.observer.name).is_dir()
+
+    pending = [chain for chain in plan.chains if not has_result(chain)]
+    return Schedule(plan, pending, has_result, lambda key: state_folder(folder, key).is_dir())
 
 
 def _released(node: Node) -> bool:

@@ -108,14 +108,6 @@ class Store:
         """Whether a state is there, whole or not."""
         return (self._state(key) / STATE).is_file()
 
-    def state_facts(self, key: str) -> dict[str, Any] | None:
-        """Averages and kept best epochs of a state, without its tensors; None where there is no readable state."""
-        try:
-            facts = json.loads((self._state(key) / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return {"averages": set(facts["averages"]), "best": {tuple(at) for at in facts["best"]}}
-
     def newest(self, keys: Sequence[str], usable: Callable[[Checkpoint], bool]) -> Checkpoint | None:
         """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said."""
         for key in reversed(keys):
@@ -262,10 +254,10 @@ class Store:
         return folder
 
     def _state(self, key: str) -> Path:
-        return self.root / "states" / key[:40]
+        return state_folder(self.root, key)
 
     def _result(self, leaf: str, observer: str) -> Path:
-        return self.root / "results" / leaf[:40] / re.sub(r"[^A-Za-z0-9.]+", "-", observer)
+        return result_folder(self.root, leaf, observer)
 
     def _temporary(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self._made("partial")))
@@ -292,6 +284,16 @@ class Store:
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def state_folder(root: Path, key: str) -> Path:
+    """Folder of a state."""
+    return root / "states" / key[:40]
+
+
+def result_folder(root: Path, leaf: str, observer: str) -> Path:
+    """Folder of a cell's result."""
+    return root / "results" / leaf[:40] / re.sub(r"[^A-Za-z0-9.]+", "-", observer)
 
 
 def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Model
+from transformers.utils import logging as transformers_logging
 
 from trainables.backbone_files import Backbone, BackboneError
 from trainables.costs import IMAGES
 from trainables.settings import ModelSettings
 from trainables.strategy import stream
+
+transformers_logging.disable_progress_bar()  # a bar a load drowns our own display
 
 
 def load_encoder(backbone: Backbone) -> Dinov2Model:

@@ -51,7 +51,7 @@ class Recipe:
     """Everything the weights depend on, besides the code."""
 
     steps: int = 3000
-    batch: int = 96
+    batch: int = 48
     images: int = 1500  # of each kind and hospital
     visible: float = 0.5  # share of the patches that are encoded
     lr: float = 2e-3
@@ -142,17 +142,20 @@ def disturb(views: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Description:
-    """What a view looks like, as the whitened principal components of a coarse descriptor; fitted on a kind of image."""
+    """What a view looks like: half-whitened principal components of a coarse descriptor, fitted on a kind of image."""
 
     def __init__(self, views: Tensor, components: int) -> None:
         described = self._describe(views)
         self._mean = described.mean(0)
         self._scale = torch.cat([block.std().expand(block.shape[1]) for block in self._blocks(described - self._mean)])
         _, spread, directions = torch.linalg.svd((described - self._mean) / self._scale, full_matrices=False)
-        self._directions = directions[:components].T / (spread[:components] / len(views) ** 0.5)
+        # Component k keeps a standard deviation of its own to the power 1/2; they are 1 in quadratic mean.
+        deviation = spread[:components] ** 0.5
+        deviation /= deviation.square().mean().sqrt()
+        self._directions = directions[:components].T / (spread[:components] / len(views) ** 0.5) * deviation
 
     def of(self, views: Tensor) -> Tensor:
-        """(B, 3, 64, 64) → (B, components), about unit variance each."""
+        """(B, 3, 64, 64) → (B, components), of unit variance on average."""
         return ((self._describe(views) - self._mean) / self._scale) @ self._directions
 
     @staticmethod
@@ -168,6 +171,14 @@ class Description:
         return described[:, : 3 * 16 * 16], described[:, 3 * 16 * 16 :]
 
 
+def _waves(width: int) -> Tensor:
+    """(GRID², width) sines and cosines of row and column: a start from which places are told apart at once."""
+    frequency = 8 * 0.75 ** torch.arange(width // 4)
+    rows, columns = torch.meshgrid(torch.arange(GRID) / GRID, torch.arange(GRID) / GRID, indexing="ij")
+    phases = [place.flatten()[:, None] * frequency for place in (rows, columns)]
+    return torch.cat([wave(phase) for phase in phases for wave in (torch.sin, torch.cos)], 1)
+
+
 class Pretrainer(nn.Module):
     """The encoder with what is thrown away afterwards: a decoder of patches and a projection of pooled features."""
 
@@ -175,6 +186,8 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.encoder = Dinov2Model(tiny_config())
+        with torch.no_grad():
+            self.encoder.embeddings.position_embeddings[:, 1:] = 0.5 * _waves(self.encoder.config.hidden_size)
         width = self.encoder.config.hidden_size
         self.decoder_mask = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_position = nn.Parameter(0.02 * torch.randn(1, GRID * GRID, width))

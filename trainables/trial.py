@@ -116,9 +116,15 @@ class Trial:
             Checkpoint(self._trajectory.state(), self._history, self._provenance, self._best),
         )
         self._write_results()
-        if before > 0 and self.request.keys[before - 1] not in self.request.keep:
-            self._stash.drop(self.request.keys[before - 1])
+        self._forget(before)
+        if self.done:
+            self._forget(self.epoch)
         return record
+
+    def _forget(self, epoch: int) -> None:
+        """Drop a state that nothing will start from: the next one is there, or all its cells have their results."""
+        if epoch > 0 and self.request.keys[epoch - 1] not in self.request.keep:
+            self._stash.drop(self.request.keys[epoch - 1])
 
     # -- where it starts --------------------------------------------------------------------------------------------
 

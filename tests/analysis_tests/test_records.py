@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ledger_samples import CLASSES, ROWS, START_MS, Sample, contents, digest, drawn, new_database, run_study
 from mlflow.utils.validation import _validate_metric_name
 
 from analysis import schema
 from analysis.records import StudyRecords, load
 from analysis.tracking import LedgerError
 from study.ledger import Epoch, Ledger
+from tests.ledger_samples import CLASSES, ROWS, START_MS, Sample, contents, digest, drawn, new_database, run_study
 
 FACTS = [
     "study", "dataset", "row", "row_index", "seed", "status", "error", "best_epoch", "mlflow_run_id", "weights_sha256",

@@ -79,6 +79,11 @@ def test_aliases_within_reason_are_read_as_copies(tmp_path: Path) -> None:
     assert document == {"one": {"depth": 4}, "two": {"depth": 4}}
 
 
+def test_merge_keys_give_way_to_the_mapping_s_own_keys(tmp_path: Path) -> None:
+    document = read_document(write(tmp_path, "base: &base {depth: 4, step: 2}\nother: {<<: *base, depth: 6}\n"))
+    assert document["other"] == {"depth": 6, "step": 2}
+
+
 # ---------------------------------------------------------------------------------------------------------- lines
 
 

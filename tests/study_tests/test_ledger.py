@@ -24,12 +24,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from ledger_samples import CLASSES, ROWS, START_MS, Sample, contents, digest, new_database, run_study
 
 from analysis import schema
 from analysis.records import find_runs, load
 from analysis.tracking import _move_unless_taken
 from study.ledger import CellOutcome, Epoch, Ledger, LedgerError
+from tests.ledger_samples import CLASSES, ROWS, START_MS, Sample, contents, digest, new_database, run_study
 
 
 @pytest.fixture
@@ -652,17 +652,17 @@ def test_a_full_disk_or_a_wrong_argument_is_not_waited_for(uri: str, monkeypatch
 
 def test_a_whole_study_prints_nothing_and_writes_nothing_outside_its_storage(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from ledger_samples import *\n"
+        "import sys; from pathlib import Path; from tests.ledger_samples import *\n"
         "from analysis.records import load\n"
         "ledger = Ledger(sys.argv[1]); run_study(ledger, Sample(), Path(sys.argv[2]))\n"
         "records = load(sys.argv[1], 'ablation'); assert len(list(records.predictions.values())) == 4\n"
     )
-    tests = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     (tmp_path / "cwd").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", script, f"sqlite:///{tmp_path / 'storage' / 'mlflow.db'}", str(tmp_path)],
         cwd=tmp_path / "cwd",
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
+        env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=120,

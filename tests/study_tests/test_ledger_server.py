@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ledger_samples import CLASSES, ROWS, START_MS, Sample, contents, digest, new_database, run_study
 
 from analysis import records
 from analysis.records import find_runs, load
 from analysis.tracking import LedgerError
 from study.ledger import Epoch, Ledger
+from tests.ledger_samples import CLASSES, ROWS, START_MS, Sample, contents, digest, new_database, run_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -208,10 +208,11 @@ class TestCache:
     def test_a_damaged_state_is_noticed_said_and_rebuilt(
         self, data: tuple[Index, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        digest = open_cache(data, tmp_path / "cache").contents_digest
+        before = open_cache(data, tmp_path / "cache")
+        digest = before.contents_digest
         (state,) = (tmp_path / "cache").glob("*/state.npz")
         raw = bytearray(state.read_bytes())
-        raw[len(raw) // 2] ^= 255
+        raw[raw.index(hashlib.sha256(before.pixels[6].tobytes()).digest())] ^= 1
         state.write_bytes(raw)
         after = open_cache(data, tmp_path / "cache")
         assert (after.decoded, after.contents_digest) == (12, digest)
@@ -256,7 +257,8 @@ def decode(*arguments):
     time.sleep({delay})
     return slow(*arguments)
 images.decode = decode
-cache = images.ImageCache.open(t.make_index({count}), Path({data!r}), image_size=t.SIZE, fit="crop", folder=Path({folder!r}))
+index, data, folder = t.make_index({count}), Path({data!r}), Path({folder!r})
+cache = images.ImageCache.open(index, data, image_size=t.SIZE, fit="crop", folder=folder)
 print(cache.decoded, cache.contents_digest)
 """
 
