@@ -61,7 +61,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console) -> tuple[StudyHe
         StudyError: the data, storage or cluster cannot be used; nothing was trained.
     """
     store = Store(options.storage, caches=plan.sharing)
-    contents = _prepare_data(plan, store, console)
+    contents = prepare_data(plan, store, console)
     ledger = Ledger(options.tracking_uri or store.default_tracking_uri(), _artifacts(options, store))
     session = Session(plan, store, ledger, contents, options.command)
     session.open()
@@ -95,6 +95,11 @@ class Session:
         self._progress: Progress | None = None
         self._schedule: Schedule | None = None
         self._flushed = time.monotonic()
+
+    @property
+    def results(self) -> dict[str, CellResult]:
+        """Cell key → result, of the cells that have one."""
+        return {key: result for key, (_, result) in self._results.items()}
 
     def open(self) -> None:
         """Declare rows and cells, and write what earlier launches finished."""
@@ -208,7 +213,7 @@ class Session:
         return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
 
 
-def _prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
+def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
     """Draw, decode and check every data set once; cache identity → digest of its images' contents."""
     contents: dict[str, str] = {}
     opened: dict[str, str] = {}

@@ -51,9 +51,9 @@ class RayExecutor:
         with _quiet(self._verbose), self._cluster():
             slots = self._slots()
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-            searcher = StageSearcher(schedule, store, listener, caches=store.cache_folder() is not None)
+            searcher = StageSearcher(schedule, store, listener, self._resources)
             tuner = tune.Tuner(
-                tune.with_resources(TrialActor, self._resources),
+                TrialActor,
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
                     num_samples=-1,
@@ -117,11 +117,11 @@ class RayExecutor:
 class StageSearcher(Searcher):
     """Suggests the next ready trial, None while all of them wait for a parent, FINISHED at the end."""
 
-    def __init__(self, schedule: Schedule, store: Store, listener: Listener, *, caches: bool) -> None:
+    def __init__(self, schedule: Schedule, store: Store, listener: Listener, resources: dict[str, float]) -> None:
         super().__init__(metric="epoch", mode="max")
         self._schedule = schedule
         self._store = store
-        self._caches = caches
+        self._resources = resources
         self._listener = listener
         self._nodes: dict[str, Node] = {}
 
@@ -136,7 +136,8 @@ class StageSearcher(Searcher):
             "name": node.name.replace("/", "-"),
             "request": cloudpickle.dumps(node.request),
             "storage": str(self._store.root),
-            "caches": self._caches,
+            "caches": self._store.cache_folder() is not None,
+            "resources": self._resources,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -174,6 +175,11 @@ class StageSearcher(Searcher):
 
 class TrialActor(tune.Trainable):
     """A worker process; `reuse_actors` keeps it, its imports and its open data set for the next trial."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """CPUs and GPUs of a trial, fractions too."""
+        return tune.PlacementGroupFactory([config["resources"]])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin the first trial of this process."""

@@ -101,7 +101,7 @@ class Trajectory:
         """Train one epoch, validate every copy, refine the class weights, and say what was done.
 
         Raises:
-            TrainingError: the loss is not finite; names epoch and step.
+            TrainingError: the loss is not finite, or the predictions after the last step; names epoch and step.
         """
         started = time.perf_counter()
         now = self.phase()
@@ -205,8 +205,18 @@ class Trajectory:
     # -- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, rows: Rows) -> Scores:
-        """Score the present weights on rows."""
-        return self.task.score(self.predict(rows), rows)
+        """Score the present weights on rows.
+
+        Raises:
+            TrainingError: the weights predict no numbers, as after a last step that broke them; names the epoch.
+        """
+        predictions = self.predict(rows)
+        if not np.isfinite(predictions).all():
+            raise TrainingError(
+                f"predictions are not finite after the last step of epoch {self.epoch + 1}; the state after epoch "
+                f"{self.epoch} is kept: lower the learning rates or set optimiser.clip_norm"
+            )
+        return self.task.score(predictions, rows)
 
     def predict(self, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Predictions of the present weights in eval mode, one line a row."""
@@ -259,7 +269,7 @@ class Trajectory:
             tensors |= {f"average/{copy}/{name}": t for name, t in average.tensors.items()}
         return State(
             epoch=self.epoch,
-            tensors={name: t.detach().to("cpu").contiguous() for name, t in tensors.items()},
+            tensors={name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
             averages={copy: average.t for copy, average in self._averages.items()},
             class_state=None if self._class_state is None else self._class_state.tolist(),
         )

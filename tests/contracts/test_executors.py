@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from study.documents import StudyError
-from study.driver import RunOptions, Session, _prepare_data, run_plan
+from study.driver import RunOptions, Session, prepare_data, run_plan
 from study.executors import LocalExecutor
 from study.ledger import Ledger
 from study.plan import Plan
@@ -64,7 +64,7 @@ def execute(
     kind: str, plan: Plan, storage: Path, on_epoch: Callable[[Node, EpochRecord], None] | None = None
 ) -> tuple[Heard, Schedule, Session]:
     store = Store(storage)
-    contents = _prepare_data(plan, store, Console(quiet=True))
+    contents = prepare_data(plan, store, Console(quiet=True))
     session = Session(plan, store, Ledger(store.default_tracking_uri(), store.artifacts()), contents, "a test")
     session.open()
     schedule = session.schedule()
@@ -150,9 +150,9 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(tmp_path: P
     assert complete
     epochs = sum(event == "epoch" for event, _ in heard.events)
     assert epochs <= 1 + 3 * 2 + 1  # at most one epoch was trained twice
-    undisturbed, _, other = execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")
-    assert {k: r.weights_sha256 for k, (_, r) in session._results.items()} == {
-        k: r.weights_sha256 for k, (_, r) in other._results.items()
+    _, _, other = execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")
+    assert {k: r.weights_sha256 for k, r in session.results.items()} == {
+        k: r.weights_sha256 for k, r in other.results.items()
     }
 
 

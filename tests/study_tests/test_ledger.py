@@ -693,16 +693,17 @@ def test_no_run_ends_before_it_began_though_its_cells_come_from_the_store(uri: s
 
 
 @pytest.mark.slow
-def test_metrics_are_written_in_bulk_at_150_microseconds_each(uri: str) -> None:
+def test_a_metric_costs_at_most_150_microseconds_of_processor_time_in_bulk(uri: str) -> None:
     sample = Sample(seeds=tuple(range(10)), epochs=50, metrics=tuple(f"val/m{i}" for i in range(17)))
     ledger = opened(uri, sample)
-    rates = []
+    costs = []
     for cell in sample.cell_headers():
         epochs = sample.told_epochs(cell)
         ledger.log_epochs(cell.key, [Epoch(0, START_MS, {"train/loss": 1.0})])
         ledger.flush()
-        before = time.perf_counter()
+        before = time.process_time()
         ledger.log_epochs(cell.key, epochs)
         ledger.flush()
-        rates.append((time.perf_counter() - before) / 1000)
-    assert statistics.median(rates) < 150e-6
+        costs.append((time.process_time() - before) / 1000)
+    print(f"{1e6 * statistics.median(costs):.0f} µs a metric")
+    assert statistics.median(costs) < 150e-6

@@ -161,10 +161,12 @@ def draw_chest(hospital: int, patient: int, follow_up: int, findings: Sequence[s
     thorax = _thorax(anatomy, *_pose(rng, ap), np.random.default_rng([hospital, patient, 2]))
     attenuation = _body(thorax)
     extents: dict[str, Map] = {}
-    for finding in FINDINGS:
+    for number, finding in enumerate(FINDINGS):
         if finding in present:
-            place = np.random.default_rng([hospital, patient, 5, FINDINGS.index(finding)])
-            effect, extents[finding] = _DRAWERS[finding](thorax, place, rng.uniform(0.65, 1.15))
+            # Generators of their own: pose and noise are the same whatever else is found.
+            place = np.random.default_rng([hospital, patient, 5, number])
+            strength = np.random.default_rng([hospital, patient, follow_up, 6, number]).uniform(0.65, 1.15)
+            effect, extents[finding] = _DRAWERS[finding](thorax, place, strength)
             attenuation = attenuation + effect
     attenuation = attenuation + _distractions(thorax, rng, ap)
     pixels = to_bytes(Radiograph.of(hospital).expose(np.clip(attenuation, 0, 1), rng))

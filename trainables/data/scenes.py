@@ -73,7 +73,7 @@ def _interpolate(knots: Map, size: int, cells: int) -> Map:
     Four shifted sums rather than a matrix product: BLAS would start all cores for a map this small.
     """
     first, weights = _spline(size, cells)
-    values = weights[0][:, None] * knots[first]
+    values: Map = weights[0][:, None] * knots[first]
     for tap in range(1, 4):
         values += weights[tap][:, None] * knots[first + tap]
     return values
