@@ -153,6 +153,11 @@ class Session:
         if self._progress is not None:
             self._progress.finished(node)
 
+    def retried(self, node: Node, reason: str) -> None:
+        """A trial's worker died; it is started again from its last saved epoch."""
+        if self._progress is not None:
+            self._progress.retried(node, reason)
+
     def failed(self, node: Node, error: str) -> None:
         """A trial cannot be finished: its cells fail with it."""
         for chain in node.chains:

@@ -30,6 +30,9 @@ class Listener(Protocol):
     def finished(self, node: Node) -> None:
         """A trial has ended well; its results are in the store."""
 
+    def retried(self, node: Node, reason: str) -> None:
+        """A trial's worker died; it is started again from its last saved epoch."""
+
     def failed(self, node: Node, error: str) -> None:
         """A trial cannot be finished."""
 
@@ -66,11 +69,12 @@ class LocalExecutor:
                 continue
             except Exception as error:
                 failures[node] = failures.get(node, 0) + 1
-                log.warning("%s: %s", node.name, traceback.format_exc())
+                log.info("%s: %s", node.name, traceback.format_exc())
+                message = f"{type(error).__name__}: {error}"
                 if failures[node] <= self._max_failures:
                     schedule.again(node)
+                    listener.retried(node, message)
                     continue
-                message = f"{type(error).__name__}: {error}"
                 schedule.failed(node, message)
                 listener.failed(node, message)
                 continue

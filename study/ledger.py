@@ -19,7 +19,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,6 +148,7 @@ class Ledger:
             LedgerError: the declaration contradicts itself, or a run's parameters differ from those it was logged with.
         """
         check_declaration(header, rows, cells)
+        self.flush()  # of a study opened before
         self._study = header.study
         self._rows = {row.key: row for row in rows}
         self._cells = {cell.key: cell for cell in cells}
@@ -187,14 +187,15 @@ class Ledger:
             if found is None:
                 tags = {"mlflow.note.content": f"{header.title}\n\n{header.description}".strip()}
                 root = None if self.artifact_root is None else self.artifact_root.as_uri()
-                with suppress(MlflowException):  # another driver was first: read back what it made, or fail there
+                try:
                     self._client.create_experiment(header.study, root, tags)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was first
+                        raise
                 found = self._client.get_experiment_by_name(header.study)
             return found
 
         experiment = self._persist(f"opening study {header.study!r}", find_or_create)
-        if experiment is None:
-            raise LedgerError(f"the ledger at {self.tracking_uri} refuses to create the experiment {header.study!r}")
         if experiment.lifecycle_stage != "active":
             raise LedgerError(
                 f"study {header.study!r} was deleted in MLflow: restore it (`mlflow experiments restore "
@@ -353,7 +354,7 @@ class Ledger:
         if self.status_of(cell_key) is None:
             self._describe_cell(cell, start_ms)
         elif self.status_of(cell_key) != "RUNNING":
-            self._write_tags(cell_key, {schema.TAG_STATUS: "RUNNING", schema.TAG_OUTCOME: ""})
+            self._write_tags(cell_key, {schema.TAG_STATUS: "RUNNING", schema.TAG_OUTCOME: "", schema.TAG_ERROR: ""})
         for key in (cell_key, cell.row_key):
             self._resume(key)
 

@@ -22,7 +22,7 @@ from typing import Any
 from analysis.statistics import detectable_dz
 from study.documents import StudyError
 from study.spec import Cell, Execution, Study
-from trainables.backbone_files import Backbone, BackboneError, find_backbone
+from trainables.backbone_files import CONFIG, Backbone, BackboneError, file_sha256, find_backbone
 from trainables.costs import IMAGES, Costs, vit_costs
 from trainables.data.index import DataError, Index
 from trainables.data.registry import load_index
@@ -334,13 +334,20 @@ def _ground(cell: Cell, material: Material, compute: Compute) -> str:
     s = cell.settings
     return _ground_digest(
         s.dataset.model_dump_json(exclude={"root"}),
-        s.model.model_dump_json(exclude={"backbone"}),
+        s.model.model_dump_json(exclude={"backbone", "mean", "std"}),
         s.optimiser.model_dump_json(include={"batch_size", "weight_decay", "clip_norm"}),
         s.task,
         material.index.digest(),
-        material.backbone.weights_digest(),
+        *_encoder(s, material.backbone),
         compute,
     )
+
+
+def _encoder(settings: Settings, backbone: Backbone) -> tuple[object, ...]:
+    """What the encoder's activations depend on besides the images: its weights, its shape, and the pixel statistics."""
+    model = settings.model
+    config = None if backbone.folder is None else file_sha256(backbone.folder / CONFIG)
+    return backbone.weights_digest(), config, model.mean or backbone.mean, model.std or backbone.std
 
 
 @cache
@@ -376,14 +383,12 @@ def _effective(settings: Settings, now: Phase) -> str:
 
 
 def _cache_identity(settings: Settings, material: Material, compute: Compute) -> str:
-    data, model = settings.dataset, settings.model
+    data = settings.dataset
     return _identity_digest(
         material.index.digest(),
-        material.backbone.weights_digest(),
+        *_encoder(settings, material.backbone),
         data.image_size,
         data.fit,
-        model.mean or material.backbone.mean,
-        model.std or material.backbone.std,
         compute,
     )
 

@@ -52,7 +52,7 @@ class Progress:
             self._done_units += node.units / length
             self._epochs[node] = self._epochs.get(node, 0) + 1
         for event in record.events:
-            self._console.print(f"[yellow]note[/] {node.name}: {event}", highlight=False)
+            self._console.print(f"note {node.name}: {event}", style="yellow", highlight=False, markup=False)
 
     def finished(self, node: Node) -> None:
         """A trial has ended well; epochs that early stopping left out need no time."""
@@ -60,9 +60,14 @@ class Progress:
         self._done_units += node.units * (length - self._epochs.get(node, 0)) / length
         self._close(node)
 
+    def retried(self, node: Node, reason: str) -> None:
+        """A trial's worker died; it is started again."""
+        self._console.print(f"again {node.name}: {reason}", style="yellow", highlight=False, markup=False)
+        self._running.pop(node, None)
+
     def failed(self, node: Node, error: str) -> None:
         """A trial cannot be finished."""
-        self._console.print(f"[red]failed[/] {node.name}: {error}", highlight=False, markup=True)
+        self._console.print(f"failed {node.name}: {error}", style="red", highlight=False, markup=False)
         self._close(node)
 
     def _close(self, node: Node) -> None:

@@ -24,6 +24,8 @@ from study.executors import Listener, worker_at
 from study.schedule import Node, Schedule
 from study.spec import Execution
 from study.store import Store
+from trainables.backbone_files import BackboneError
+from trainables.data.index import DataError
 from trainables.requests import Compute
 from trainables.results import EpochRecord, TrainingError
 
@@ -51,7 +53,7 @@ class RayExecutor:
         with _quiet(self._verbose), self._cluster():
             slots = self._slots()
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-            searcher = StageSearcher(schedule, store, listener, self._resources)
+            searcher = StageSearcher(schedule, store, listener, self._resources, self._execution.max_failures)
             tuner = tune.Tuner(
                 TrialActor,
                 tune_config=tune.TuneConfig(
@@ -65,7 +67,8 @@ class RayExecutor:
                 run_config=tune.RunConfig(
                     name="trials",
                     storage_path=str(store.tune),
-                    failure_config=tune.FailureConfig(max_failures=self._execution.max_failures),
+                    failure_config=tune.FailureConfig(max_failures=0),  # started again by the searcher
+                    callbacks=[_Errors(searcher)],
                     verbose=0,
                 ),
             )
@@ -75,7 +78,7 @@ class RayExecutor:
 
     @contextmanager
     def _cluster(self) -> Iterator[None]:
-        environment = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+        environment = {"PYTHONPATH": str(PROJECT)} | {n: v for n, v in os.environ.items() if n.startswith("HF_")}
         options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": self._verbose}
         options |= {"logging_level": logging.INFO if self._verbose else logging.ERROR}
         if self._address is None:
@@ -117,13 +120,17 @@ class RayExecutor:
 class StageSearcher(Searcher):
     """Suggests the next ready trial, None while all of them wait for a parent, FINISHED at the end."""
 
-    def __init__(self, schedule: Schedule, store: Store, listener: Listener, resources: dict[str, float]) -> None:
+    def __init__(
+        self, schedule: Schedule, store: Store, listener: Listener, resources: dict[str, float], max_failures: int
+    ) -> None:
         super().__init__(metric="epoch", mode="max")
         self._schedule = schedule
         self._store = store
         self._resources = resources
         self._listener = listener
         self._nodes: dict[str, Node] = {}
+        self._max_failures = max_failures
+        self._failures: dict[Node, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """See `ray.tune.search.Searcher`."""
@@ -145,18 +152,30 @@ class StageSearcher(Searcher):
         self._hear(self._nodes[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The end of a trial."""
+        """The end of a trial that its worker lived to see; `worker_died` hears of the others."""
+        if error:
+            return
         node = self._nodes.pop(trial_id)
-        if result is not None and not error:
-            self._hear(node, result)
+        self._hear(node, result or {})
         failure = (result or {}).get("failure")
-        if error or failure:
-            message = failure or "its worker died too often; see the log with -v"
-            self._schedule.failed(node, message)
-            self._listener.failed(node, message)
+        if failure:
+            self._schedule.failed(node, failure)
+            self._listener.failed(node, failure)
         else:
             self._schedule.done(node)
             self._listener.finished(node)
+
+    def worker_died(self, trial_id: str, reason: str) -> None:
+        """Start the trial again, from its last saved epoch, a bounded number of times; each time is said."""
+        node = self._nodes.pop(trial_id)
+        self._failures[node] = self._failures.get(node, 0) + 1
+        if self._failures[node] <= self._max_failures:
+            self._schedule.again(node)
+            self._listener.retried(node, reason)
+        else:
+            message = f"its worker died {self._failures[node]} times, last of: {reason}"
+            self._schedule.failed(node, message)
+            self._listener.failed(node, message)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes its searcher to disk for a restore that is never made; what is live here stays here."""
@@ -171,6 +190,20 @@ class StageSearcher(Searcher):
     def _hear(self, node: Node, result: dict[str, Any]) -> None:
         if result.get("record"):
             self._listener.epoch(node, EpochRecord(**result["record"]))
+
+
+class _Errors(tune.Callback):
+    """Tells the searcher why a worker died: Tune tells searchers only that it did."""
+
+    def __init__(self, searcher: StageSearcher) -> None:
+        self._searcher = searcher
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A worker died, or its code raised what is no `TrainingError`."""
+        error = trial.get_pickled_error() or trial.get_error()
+        lines = [line.strip() for line in str(error or "unknown").splitlines() if line.strip()]
+        named = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith("ray::")]
+        self._searcher.worker_died(trial.trial_id, (named or lines)[-1])
 
 
 class TrialActor(tune.Trainable):
@@ -196,7 +229,7 @@ class TrialActor(tune.Trainable):
         self._trial, self._failure = None, None
         try:
             self._trial = self._worker.begin(cloudpickle.loads(config["request"]))
-        except TrainingError as error:
+        except (TrainingError, BackboneError, DataError) as error:
             self._failure = str(error)
 
     def step(self) -> dict[str, Any]:
@@ -225,7 +258,7 @@ def _quiet(verbose: bool) -> Iterator[None]:
         yield
         return
     for name in ("ray", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a dead worker is said by the searcher, once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -37,7 +37,9 @@ class RowsDocument(Frozen):
     list: tuple[RowDocument, ...] | None = Field(None, description="rows as they are, each against the baseline")
     cumulative: tuple[RowDocument, ...] | None = Field(None, description="each row keeps what those above it set")
     leave_one_out: LeaveOneOut | None = None
-    factorial: dict[str, tuple[Any, ...]] | None = Field(None, description="dotted key → values: every combination")
+    factorial: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] | None = Field(
+        None, description="dotted key → values: every combination"
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> RowsDocument:
@@ -66,9 +68,9 @@ class RowDraft:
 
 def expand(rows: RowsDocument) -> tuple[RowDraft, ...]:
     """The rows of whichever form was given, in table order."""
-    if rows.list is not None:
+    if rows.list:
         return tuple(_plain(row, ("rows", "list", i)) for i, row in enumerate(rows.list))
-    if rows.cumulative is not None:
+    if rows.cumulative:
         return _cumulative(rows.cumulative)
     if rows.leave_one_out is not None:
         return _leave_one_out(rows.leave_one_out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -195,6 +197,8 @@ def load_study(path: Path, choices: Choices | None = None) -> Study:
         validated = problems.validate(StudyDocument, completed)
         if validated is not None:
             documents[name] = validated
+        else:
+            _check_rows_alone(completed, problems)
     problems.raise_if_any()
     study = _assemble(documents, problems, choices.smoke)
     problems.raise_if_any()
@@ -222,7 +226,9 @@ def _check_dataset_names(names: Iterable[str], problems: _Problems) -> None:
 
 def _complete(document: Document, dataset: str, choices: Choices, *, alone: bool) -> Document:
     """Shipped profile of the data set ← the file ← its own profile ← --smoke ← command line, later ones winning."""
-    completed = apply(apply({}, shipped_profiles().get(dataset, {})), document)
+    own = {key: value for key, value in document.items() if key.split(".")[0] in Settings.model_fields}
+    rest = {key: value for key, value in document.items() if key not in own}  # names of rows and parts may hold dots
+    completed = rest | apply(apply({}, shipped_profiles().get(dataset, {})), own)
     profiles = document.get("profiles")
     if isinstance(profiles, dict) and isinstance(profiles.get(dataset), dict):
         completed = apply(completed, profiles[dataset])
@@ -270,10 +276,12 @@ class _Problems:
             raise StudyError(self._found)
 
     def _line(self, at: Path_) -> int | None:
-        """Line of the longest part of a path that the file itself holds."""
-        for length in range(len(at), 0, -1):
-            if (line := self._lines.get(at[:length])) is not None:
-                return line
+        """Line of the longest part of a path that the file itself holds, its last keys joined by dots or not."""
+        for end in range(len(at), 0, -1):
+            for start in range(end - 1, -1, -1):
+                joined = (*at[:start], ".".join(map(str, at[start:end])))
+                if (line := self._lines.get(at[:end] if start == end - 1 else joined)) is not None:
+                    return line
         return None
 
 
@@ -284,14 +292,23 @@ def _expectation(problem: Any) -> str:
         return "unknown key"
     if kind in ("missing", "value_error"):
         return message
-    return f"{message}; found {problem['input']!r}"
+    return f"{message}; found {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: short, and whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out whole numbers of thousands of digits
+        return "a number too long to show"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _assemble(documents: dict[str, StudyDocument], problems: _Problems, smoke: bool) -> Study:
     """Rows with complete settings for every data set; what is wrong with a row is added to the problems."""
     first = next(iter(documents.values()))
     drafts = expand(first.rows)
-    for name in {d.name for d in drafts if [e.name for e in drafts].count(d.name) > 1}:
+    for name in (name for name, times in Counter(d.name for d in drafts).items() if times > 1):
         problems.add(("rows",), f"row {name!r} is declared twice")
     settings: dict[str, dict[str, Settings]] = {draft.name: {} for draft in drafts}
     for dataset, document in documents.items():
@@ -315,6 +332,20 @@ def _assemble(documents: dict[str, StudyDocument], problems: _Problems, smoke: b
     )
 
 
+def _check_rows_alone(completed: Document, problems: _Problems) -> None:
+    """What is wrong with the rows of a file whose baseline is wrong too, so that one look mends both."""
+    try:
+        rows = RowsDocument.model_validate(completed.get("rows"))
+    except ValidationError:
+        return  # said already
+    baseline = Settings()
+    for group in Settings.model_fields.keys() & completed.keys():
+        with suppress(ValidationError):
+            baseline = Settings.model_validate(baseline.model_dump() | {group: completed[group]})
+    for draft in expand(rows):
+        _row_settings(baseline.model_dump(), draft, problems)
+
+
 def _row_settings(baseline: Document, draft: RowDraft, problems: _Problems) -> Settings | None:
     unknown = [key for key in draft.changes if key.split(".")[0] not in Settings.model_fields]
     for key in unknown:
@@ -334,10 +365,14 @@ def _check_rows_differ(
     drafts: Sequence[RowDraft], settings: dict[str, dict[str, Settings]], dataset: str, problems: _Problems
 ) -> None:
     """A row that changes nothing is an error: no two rows may come to the same settings."""
-    for a, b in itertools.combinations(drafts, 2):
-        one, other = settings[a.name].get(dataset), settings[b.name].get(dataset)
-        if one is not None and one == other and a.name != b.name:
-            problems.add(b.at, f"row {b.name!r} changes nothing: its settings equal those of row {a.name!r}")
+    seen: dict[str, str] = {}
+    for draft in drafts:
+        completed = settings[draft.name].get(dataset)
+        if completed is None:
+            continue
+        earlier = seen.setdefault(json.dumps(completed.model_dump(mode="json"), sort_keys=True), draft.name)
+        if earlier != draft.name:
+            problems.add(draft.at, f"row {draft.name!r} changes nothing: its settings equal those of row {earlier!r}")
 
 
 def study_schema() -> dict[str, Any]:

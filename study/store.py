@@ -11,7 +11,9 @@ Layout of a storage folder:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -21,7 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from study.documents import StudyError
 
@@ -140,7 +142,7 @@ class Store:
             "best": [list(at) for at in checkpoint.best],
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        self._publish(self._state(key), {TENSORS: data, STATE: json.dumps(facts).encode()})
+        self._publish(self._state(key), {TENSORS: data, STATE: _sealed(facts)})
 
     def _load_state(self, key: str) -> Checkpoint:
         from safetensors.torch import load
@@ -150,7 +152,7 @@ class Store:
         from trainables.trial import Checkpoint
 
         folder = self._state(key)
-        facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        facts = _unsealed(folder / STATE)
         data = (folder / TENSORS).read_bytes()
         if hashlib.sha256(data).hexdigest() != facts["sha256"]:
             raise ValueError("its digest does not match")
@@ -165,11 +167,7 @@ class Store:
 
     def drop(self, key: str) -> None:
         """Forget a state."""
-        folder = self._state(key)
-        if folder.exists():
-            grave = self._temporary()
-            folder.replace(grave / "dropped")
-            shutil.rmtree(grave, ignore_errors=True)
+        self._discard(self._state(key))
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -185,7 +183,7 @@ class Store:
         if not (folder / RESULT).is_file():
             return None
         try:
-            facts = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            facts = _unsealed(folder / RESULT)
             for name, expected in facts.pop("files").items():
                 if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
                     raise ValueError(f"the digest of {name} does not match")
@@ -194,7 +192,7 @@ class Store:
             return CellResult(**facts)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("the result %s is damaged (%s); it is deleted and made again", folder.name, error)
-            shutil.rmtree(folder, ignore_errors=True)
+            self._discard(folder)
             return None
 
     def predictions(self, leaf: str, observer: str) -> Path:
@@ -215,13 +213,16 @@ class Store:
         files = {PREDICTIONS: predictions, WEIGHTS: save(_unaliased(weights))}
         facts = dataclasses.asdict(result)
         facts["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        self._publish(self._result(leaf, observer), {**files, RESULT: json.dumps(facts).encode()})
+        self._publish(self._result(leaf, observer), {**files, RESULT: _sealed(facts)})
 
     def _check_same_trajectory(self, leaf: str, result: CellResult) -> None:
         from trainables.results import TrainingError
 
         for path in self._made("results", leaf[:40]).glob(f"*/{RESULT}"):
-            other = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                other = _unsealed(path)
+            except (OSError, ValueError):
+                continue  # damaged: said and made again when it is loaded
             for ours, theirs in zip(result.history, other["history"], strict=False):
                 if ours.trajectory_sha256 != theirs["trajectory_sha256"]:
                     raise TrainingError(
@@ -278,12 +279,28 @@ class Store:
                     file.flush()
                     os.fsync(file.fileno())
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.exists():
-                folder.replace(self._temporary() / "replaced")
-            temporary.replace(folder)
+            self._put(temporary, folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def _put(self, temporary: Path, folder: Path) -> None:
+        """Rename a folder into place; what is there already goes first, also if other processes do the same."""
+        while True:
+            try:
+                temporary.replace(folder)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                self._discard(folder)
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a folder with one rename, so that nobody sees half of it; one that is gone already is no matter."""
+        grave = self._temporary()
+        with contextlib.suppress(FileNotFoundError):
+            folder.replace(grave / "dropped")
+        shutil.rmtree(grave, ignore_errors=True)
 
 
 def state_folder(root: Path, key: str) -> Path:
@@ -293,7 +310,29 @@ def state_folder(root: Path, key: str) -> Path:
 
 def result_folder(root: Path, leaf: str, observer: str) -> Path:
     """Folder of a cell's result."""
-    return root / "results" / leaf[:40] / re.sub(r"[^A-Za-z0-9.]+", "-", observer)
+    return root / "results" / leaf[:40] / re.sub(r"[^A-Za-z0-9.+]+", "-", observer)
+
+
+def _sealed(facts: dict[str, Any]) -> bytes:
+    """Facts as JSON, with their own digest."""
+    plain = json.loads(json.dumps(facts))
+    return json.dumps(plain | {"seal": _seal(plain)}).encode()
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """Facts as they were sealed.
+
+    Raises:
+        ValueError: not JSON, or not what was written.
+    """
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or facts.pop("seal", None) != _seal(facts):
+        raise ValueError(f"the digest of {path.name} does not match")
+    return facts
+
+
+def _seal(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +222,7 @@ def _complete(folder: Path) -> bool:
         return False
     try:
         _load(folder)
-    except (OSError, ValueError, KeyError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("the cache %s is damaged (%s) and is built again", folder.name, error)
         return False
     return True

@@ -108,16 +108,16 @@ def _from_hub(name: str, download: bool) -> tuple[Path | None, Path, Path | None
 
 def _hub_file(name: str, file: str, *, fetch: bool) -> Path | None:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     cached = try_to_load_from_cache(name, file)
-    if isinstance(cached, str):
-        return Path(cached)
+    if cached is not None:  # a path, or the mark of a file that the hub does not have
+        return Path(cached) if isinstance(cached, str) else None
     if not fetch:
         return None
     try:
         return Path(hf_hub_download(name, file))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None
     except Exception as error:  # whatever kept the hub from answering, the user's remedy is the same
         raise BackboneError(

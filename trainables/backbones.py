@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Dinov2Model
 from transformers.utils import logging as transformers_logging
 
-from trainables.backbone_files import Backbone, BackboneError
+from trainables.backbone_files import CONFIG, WEIGHTS, Backbone, BackboneError
 from trainables.costs import IMAGES
 from trainables.settings import ModelSettings
 from trainables.strategy import stream
@@ -21,13 +22,19 @@ def load_encoder(backbone: Backbone) -> Dinov2Model:
     """The pretrained encoder in float32.
 
     Raises:
-        BackboneError: the weights are not those of the folder's config.
+        BackboneError: the files cannot be read, or the weights are not those of the folder's config.
     """
     if backbone.folder is None:
         raise BackboneError(f"backbone {backbone.name!r}: its weights are not downloaded")
-    model, report = Dinov2Model.from_pretrained(
-        backbone.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
+    try:
+        model, report = Dinov2Model.from_pretrained(
+            backbone.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackboneError(
+            f"backbone {backbone.name!r}: {CONFIG} and {WEIGHTS} in {backbone.folder} cannot be loaded ({reason})"
+        ) from error
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])])
     if wrong:
         raise BackboneError(

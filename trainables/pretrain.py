@@ -195,7 +195,11 @@ class Pretrainer(nn.Module):
         self.decoder = nn.TransformerEncoderLayer(width, 3, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.decoder_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * TARGET * TARGET))
         self.describers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 192), nn.GELU(), nn.Linear(192, recipe.components)) for _ in range(2)
+            # Pooled tokens differ little between images; without normalisation over the batch learning hardly begins.
+            nn.Sequential(
+                nn.BatchNorm1d(width, affine=False), nn.Linear(width, 192), nn.GELU(), nn.Linear(192, recipe.components)
+            )
+            for _ in range(2)
         )
 
     def forward(self, views: Tensor, described: Tensor, kind: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,13 @@ class Compute:
 
 def copy_name(decay: float | None, tau: float) -> str:
     """Name of the weights an observer evaluates: 'raw', or the decay and τ of the averaged copy."""
-    return RAW if decay is None else f"ema {decay:g} tau {tau:g}"
+    return RAW if decay is None else f"ema {_short(decay)} tau {_short(tau)}"
+
+
+def _short(value: float) -> str:
+    """Six digits where they say it all, else as many as it takes: different values have different names."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class Trial:
 
     @property
     def done(self) -> bool:
-        """Whether its epochs are over or every observer has stopped."""
-        return self.epoch >= self.request.last or self._all_stopped()
+        """Whether its epochs are over, every observer has stopped, or all its cells have their results already."""
+        return self.epoch >= self.request.last or self._all_stopped() or all(map(self._resolved, self.request.watches))
 
     def step(self) -> EpochRecord:
         """Train one epoch, save its state, and write the results that it completes.

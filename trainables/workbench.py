@@ -26,6 +26,6 @@ class Workbench:
     def task(self, settings: Settings) -> tuple[Task, dict[str, str]]:
         """The task, and the provenance of its images."""
         data = self.data(settings.dataset)
-        backbone = find_backbone(settings.model.backbone)
+        backbone = find_backbone(settings.model.backbone, download=True)
         task = Classification(settings, data.index, data.images, backbone)
         return task, {"contents_digest": data.images.contents_digest, "index_digest": data.index.digest()}

@@ -55,6 +55,10 @@ class Heard:
         self.spans[node.name].append(time.monotonic())
         self.inner.finished(node)
 
+    def retried(self, node: Node, reason: str) -> None:
+        self.events.append(("retried", node.name))
+        self.inner.retried(node, reason)
+
     def failed(self, node: Node, error: str) -> None:
         self.events.append(("failed", node.name))
         self.inner.failed(node, error)
@@ -148,6 +152,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(tmp_path: P
     assert killed
     _, complete = session.close()
     assert complete
+    assert sum(event == "retried" for event, _ in heard.events) == 1
     epochs = sum(event == "epoch" for event, _ in heard.events)
     assert epochs <= 1 + 3 * 2 + 1  # at most one epoch was trained twice
     _, _, other = execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")

@@ -112,7 +112,7 @@ def test_a_run_resumed_after_any_epoch_equals_the_unbroken_one(
 def test_a_run_begun_anew_for_every_single_epoch_equals_the_unbroken_one(
     request_of_all: TrialRequest, task: Classification, unbroken: Store, tmp_path: Path
 ) -> None:
-    request = dataclasses.replace(request_of_all, keep=frozenset())
+    request = dataclasses.replace(request_of_all, keep=frozenset(request_of_all.keys[-1:]))
     store = Store(tmp_path)
     for epoch in range(EPOCHS):
         trial = begin(request, task, store)
@@ -160,8 +160,10 @@ def test_an_observer_added_later_replays_from_where_stage_2_begins(
     finish(begin(trial_request(settings, [RAW], keep=frozenset(request_of_all.keys)), task, store))
     trial = begin(request_of_all, task, store)
     assert trial.epoch == 2  # the states after it lack the averaged copies
+    before = outcome(store.load_result(request_of_all.keys[-1], RAW.name))
     finish(trial)
-    assert_equal_results(store, unbroken)
+    assert_equal_results(store, unbroken, (IMPATIENT, AVERAGED))
+    assert outcome(store.load_result(request_of_all.keys[-1], RAW.name)) == before
 
 
 def test_a_replay_that_differs_from_the_record_is_refused(
@@ -182,9 +184,7 @@ def test_states_of_other_hardware_images_or_libraries_are_refused_unless_asked_f
 ) -> None:
     def store_with(**provenance: str) -> Store:
         store, before = Store(tmp_path / "-".join(provenance)), checkpoint(unbroken, 3)
-        store.save(
-            request_of_all.keys[2], dataclasses.replace(before, provenance={**before.provenance, **provenance})
-        )
+        store.save(request_of_all.keys[2], dataclasses.replace(before, provenance={**before.provenance, **provenance}))
         return store
 
     for name in ("hardware", "torch"):

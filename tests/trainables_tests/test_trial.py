@@ -163,8 +163,17 @@ def test_a_trial_whose_results_exist_trains_nothing_and_writes_nothing(
     before = {path: path.stat().st_mtime_ns for path in together.root.rglob("*") if path.is_file()}
     trial = begin(trial_request(settings, [*OBSERVERS, RAW]), task, together)
     assert trial.done
-    assert trial.epoch == 6
+    assert trial.epoch == 0  # no state is left to start from, and none is needed
     assert {path: path.stat().st_mtime_ns for path in together.root.rglob("*") if path.is_file()} == before
+
+
+def test_no_state_outlives_the_results_unless_others_start_from_it(
+    settings: Settings, task: Classification, together: Store, tmp_path: Path
+) -> None:
+    assert not any(together.has_state(key) for key in keys_of("trajectory", 6))
+    store, keys = Store(tmp_path), keys_of("trajectory", 6)
+    finish(begin(trial_request(settings, [RAW], keep=frozenset({keys[1]})), task, store))
+    assert [n for n, key in enumerate(keys, start=1) if store.has_state(key)] == [2]
 
 
 def test_results_are_written_when_their_observer_stops_and_once_only(

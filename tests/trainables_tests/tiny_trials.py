@@ -54,7 +54,9 @@ def tiny_task(settings: Settings, data: Data, kind: type[Classification] = Class
     return kind(settings, data.index, data.images, find_backbone(settings.model.backbone))
 
 
-def activations(task: Task, request: CacheRequest = NO_CACHE, folder: Path | None = None, batch: int = 32) -> Activations:
+def activations(
+    task: Task, request: CacheRequest = NO_CACHE, folder: Path | None = None, batch: int = 32
+) -> Activations:
     """Activations served from `folder`, or never."""
     return Activations(task, COMPUTE, CPU, request, folder, "contents", batch)
 
