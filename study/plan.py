@@ -14,7 +14,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Material:
     backbone: Backbone
     costs: Costs
 
-    @property
+    @cached_property
     def train_images(self) -> int:
         """Images of the training split."""
         return len(self.index.rows("train"))

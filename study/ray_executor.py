@@ -42,7 +42,7 @@ class RayExecutor:
         self._address = address
         self._verbose = verbose
         gpus = execution.gpus if execution.gpus is not None else (1.0 if compute.device == "cuda" else 0.0)
-        self._resources = {"cpu": float(execution.cpus)} | ({"gpu": float(gpus)} if gpus else {})
+        self._resources = {"CPU": float(execution.cpus)} | ({"GPU": float(gpus)} if gpus else {})
 
     def run(self, schedule: Schedule, store: Store, listener: Listener) -> None:
         """See `study.executors.Executor`.
@@ -98,8 +98,7 @@ class RayExecutor:
 
     def _slots(self) -> int:
         """How many trials fit on the cluster at once; what is missing is named instead of waited for."""
-        names = {"cpu": "CPU", "gpu": "GPU"}
-        wanted = {names[k]: v for k, v in self._resources.items()}
+        wanted = self._resources
         slots = 0
         for node in ray.nodes():
             if node["Alive"]:

@@ -56,6 +56,7 @@ class Schedule:
         self.nodes = _nodes(plan, pending)
         self._plan = plan
         self._has_result = has_result
+        self._has_state = has_state
         for node in self.nodes:
             head_epochs = node.request.settings.strategy.head_epochs
             if node.request.last <= head_epochs and has_state(node.request.keys[-1]) and node.children:
@@ -90,10 +91,14 @@ class Schedule:
     @property
     def pending_units(self) -> int:
         """Training units of the trials that have not run yet, and of the caches that they read."""
-        waiting = [n for n in self.nodes if n.status == "waiting"]
-        keys = {key for node in waiting for key in node.request.keys[node.request.first :]}
-        caches = sum(c.build_units for c in self._plan.caches if keys.intersection(c.users))
-        return sum(node.units for node in waiting) + caches
+        units: dict[str, int] = {}
+        for node in self.nodes:
+            if node.status == "waiting":
+                first, last = self._starts(node), node.request.last
+                epochs = self._plan.epoch_units(node.chains[0])[first:last]
+                units |= zip(node.request.keys[first:], epochs, strict=True)
+        caches = sum(c.build_units for c in self._plan.caches if not units.keys().isdisjoint(c.users))
+        return sum(units.values()) + caches
 
     @property
     def finished(self) -> bool:
@@ -103,6 +108,13 @@ class Schedule:
     def count(self, *statuses: Status) -> int:
         """Number of trials in any of the statuses."""
         return sum(n.status in statuses for n in self.nodes)
+
+    def _starts(self, node: Node) -> int:
+        """Epochs that a trial need not train: those before it, and a stored head stage, which serves any observer."""
+        request = node.request
+        head_epochs = request.settings.strategy.head_epochs
+        stored = request.last >= head_epochs and self._has_state(request.keys[head_epochs - 1])
+        return max(request.first, head_epochs if stored else 0)
 
     def _skip_if_resolved(self, node: Node) -> None:
         if all(self._has_result(chain) for chain in node.chains):

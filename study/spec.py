@@ -55,7 +55,7 @@ class StudyDocument(Settings):
     )
     title: Name
     description: str = ""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0, 1, 2)
     datasets: tuple[str, ...] | None = Field(None, description="several data sets; default: dataset.name alone")
     rows: RowsDocument
     profiles: dict[str, dict[str, Any]] = Field(

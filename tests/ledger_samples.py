@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import itertools
@@ -11,9 +12,11 @@ import tempfile
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from analysis.records import find_runs
 from analysis.schema import StudyHeader, Units
 from study.ledger import CellHeader, CellOutcome, Epoch, Ledger, RowHeader
 
@@ -161,6 +164,7 @@ def new_database(folder: Path) -> str:
 @functools.cache
 def _empty_database() -> Path:
     path = Path(tempfile.mkdtemp(prefix="spft-test-")) / "mlflow.db"
+    atexit.register(shutil.rmtree, path.parent)
     Ledger(f"sqlite:///{path}")
     return path
 
@@ -169,3 +173,18 @@ def contents(uri: str) -> list[str]:
     """Everything a database holds, as SQL."""
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
         return list(database.iterdump())
+
+
+def runs_of(ledger: Ledger) -> list[Any]:
+    """All runs of the study, as MLflow lists them."""
+    return find_runs(ledger._client, ledger._experiment_id)
+
+
+def cell_key(row: str = ROWS[0], seed: int = 0, dataset: str = "chestxray14") -> str:
+    return digest("cell", dataset, row, str(seed))
+
+
+def opened(uri: str, sample: Sample = Sample()) -> Ledger:
+    ledger = Ledger(uri)
+    ledger.open(sample.header(), sample.row_headers(), sample.cell_headers())
+    return ledger

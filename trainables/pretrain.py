@@ -50,11 +50,11 @@ TARGET = 4  # px: side of a patch as it is to be reconstructed
 class Recipe:
     """Everything the weights depend on, besides the code."""
 
-    steps: int = 3000
-    batch: int = 48
-    images: int = 1500  # of each kind and hospital
-    visible: float = 0.5  # share of the patches that are encoded
-    lr: float = 2e-3
+    steps: int = 4000
+    batch: int = 32
+    images: int = 1000  # of each kind and hospital
+    visible: float = 0.75  # share of the patches that are encoded
+    lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the steps
     description: float = 1.0  # weight of the description beside the reconstruction
@@ -157,7 +157,8 @@ class Description:
 
     def of(self, views: Tensor) -> Tensor:
         """(B, 3, 64, 64) → (B, components), of unit variance on average."""
-        return ((self._describe(views) - self._mean) / self._scale) @ self._directions
+        described: Tensor = ((self._describe(views) - self._mean) / self._scale) @ self._directions
+        return described
 
     @staticmethod
     def _describe(views: Tensor) -> Tensor:
@@ -219,7 +220,8 @@ class Pretrainer(nn.Module):
         hidden = torch.cat([first, visible], 1)
         for block in self.encoder.encoder.layer:
             hidden = block(hidden)
-        return self.encoder.layernorm(hidden)[:, 1:]
+        normalised: Tensor = self.encoder.layernorm(hidden)
+        return normalised[:, 1:]
 
     def _reconstruction(self, pixels: Tensor, encoded: Tensor, order: Tensor, kept: Tensor) -> Tensor:
         width = self.decoder_mask.shape[2]

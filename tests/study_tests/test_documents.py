@@ -28,7 +28,10 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("a: 1\nb: !!python/object/apply:os.system ['true']\n", "line 2: could not determine a constructor for the tag"),
+        (
+            "a: 1\nb: !!python/object/apply:os.system ['true']\n",
+            "line 2: could not determine a constructor for the tag",
+        ),
         ("a: !!python/name:os.system\n", "line 1: could not determine a constructor for the tag"),
         ("a: 1\nb: 2\na: 3\n", "line 3: key 'a' is given twice"),
         ("top:\n  a: 1\n  b: {c: 1, c: 1}\n", "line 3: key 'c' is given twice"),
@@ -55,7 +58,9 @@ def test_what_is_no_plain_mapping_is_one_line_that_says_what_and_where(
 
 def test_an_object_tag_runs_nothing(tmp_path: Path) -> None:
     witness = tmp_path / "ran"
-    path = write(tmp_path, f"a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{witness}']]\n")
+    path = write(
+        tmp_path, f"a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{witness}']]\n"
+    )
     refusal(path)
     assert not witness.exists()
 

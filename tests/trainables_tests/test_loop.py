@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_trials import CPU, KEPT, begin, keys_of, tiny_settings, tiny_task, timeless, trajectory, trial_request
+from tiny_trials import CPU, KEPT, begin, keys_of, timeless, tiny_settings, tiny_task, trajectory, trial_request
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Dinov2Model
@@ -46,8 +46,8 @@ class PlainAdamW:
             t, m, v = self.seen.get(id(p), (0, torch.zeros_like(p), torch.zeros_like(p)))
             t, m, v = t + 1, 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
             self.seen[id(p)] = (t, m, v)
-            p *= 1 - lr * self.weight_decay
-            p -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            p.mul_(1 - lr * self.weight_decay)
+            p.sub_(lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
 
 
 class PlainProgram:
@@ -253,7 +253,7 @@ def test_data_order_and_dropout_depend_on_seed_epoch_and_step_alone(encoder: Pat
     assert one == other
     seeds = [seed for seed, _ in one]
     assert seeds == [seed_of("dropout", 5, epoch, step) for epoch in range(4) for step in range(4)]
-    epochs = [sum((rows for _, rows in one[4 * e : 4 * e + 4]), []) for e in range(4)]
+    epochs = [[row for _, rows in one[4 * e : 4 * e + 4] for row in rows] for e in range(4)]
     assert all(sorted(rows) == data.index.rows("train").tolist() for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 4
     assert not {seed for seed, _ in noted(tiny_settings(encoder), data, seed=6)} & set(seeds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -116,7 +118,7 @@ def test_refinement_keeps_the_mean_and_never_lowers_a_weaker_class_against_a_str
     assert refined.mean() == pytest.approx(1.0)
     growth = refined / u
     order = [i for i in np.argsort(quality) if np.isfinite(quality[i])]
-    assert all(growth[weak] >= growth[strong] * (1 - 1e-12) for weak, strong in zip(order, order[1:], strict=False))
+    assert all(growth[weak] >= growth[strong] * (1 - 1e-12) for weak, strong in pairwise(order))
 
 
 @given(states)

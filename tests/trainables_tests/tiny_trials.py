@@ -1,4 +1,4 @@
-"""Small real material for tests of training: a 4-block encoder's settings, trajectories, trials, and a batch-norm task."""
+"""Small real material for tests of training: settings, trajectories, trials of a 4-block encoder; a BatchNorm task."""
 
 from __future__ import annotations
 

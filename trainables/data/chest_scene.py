@@ -286,7 +286,7 @@ def _atelectasis(t: _Thorax, rng: np.random.Generator, strength: float) -> Effec
     slope, width, length = rng.normal(0, 0.3), rng.uniform(0.022, 0.038), rng.uniform(0.13, 0.24)
     along, across = (t.x - cx) + slope * (t.y - cy), (t.y - cy) - slope * (t.x - cx)
     band = np.clip(1 - (across / width) ** 2, 0, 1) * step(length - np.abs(along), 0.06) * t.lung(on_left)
-    return 0.17 * strength * band, band
+    return 0.23 * strength * band, band
 
 
 def _cardiomegaly(t: _Thorax, _rng: np.random.Generator, _strength: float) -> Effect:
@@ -311,19 +311,19 @@ def _infiltration(t: _Thorax, rng: np.random.Generator, strength: float) -> Effe
     cx, cy = t.at(on_left, rng.uniform(-0.5, 0.4), rng.uniform(0.35, 0.8))
     region = bump(t.x, t.y, cx, cy, rng.uniform(0.28, 0.4), rng.uniform(0.3, 0.45)) * t.lung(on_left)
     mottle = np.clip(0.5 + smooth_noise(rng, 13), 0, 2)
-    return 0.12 * strength * region * mottle, region
+    return 0.15 * strength * region * mottle, region
 
 
 def _mass(t: _Thorax, rng: np.random.Generator, strength: float) -> Effect:
     """Large round opacity with a lobulated edge."""
-    return _opacity(t, rng, 0.155 * strength, rng.uniform(0.11, 0.16))
+    return _opacity(t, rng, 0.2 * strength, rng.uniform(0.12, 0.17))
 
 
 def _nodule(t: _Thorax, rng: np.random.Generator, strength: float) -> Effect:
-    """One to three small round opacities."""
-    effect, extent = _opacity(t, rng, 0.2 * strength, rng.uniform(0.042, 0.062))
-    for _ in range(int(rng.integers(0, 3))):
-        more, _where = _opacity(t, rng, 0.2 * strength, rng.uniform(0.042, 0.062))
+    """One to four small round opacities."""
+    effect, extent = _opacity(t, rng, 0.27 * strength, rng.uniform(0.05, 0.072))
+    for _ in range(int(rng.integers(0, 4))):
+        more, _where = _opacity(t, rng, 0.27 * strength, rng.uniform(0.05, 0.072))
         effect = np.maximum(effect, more)
     return effect, extent
 
@@ -352,12 +352,12 @@ def _pneumothorax(t: _Thorax, rng: np.random.Generator, strength: float) -> Effe
     """Air without vessels around the apex, bounded by the thin line of the collapsed lung's pleura."""
     on_left = bool(rng.random() < 0.5)
     cx, cy = t.at(on_left, -0.35, 0.62)
-    size = rng.uniform(0.86, 1.02) - 0.14 * strength
+    size = rng.uniform(0.82, 0.96) - 0.14 * strength
     collapsed = 1 - ((t.x - cx) / (0.38 * size)) ** 2 - ((t.y - cy) / (0.72 * size)) ** 2
     air = step(-collapsed, 0.06) * step(0.3 - t.y, 0.15) * t.lung(on_left)
     vessels = 0.14 * t.anatomy.vessels * t.texture * (0.25 + t.hilum) + 0.08 * t.hilum
     line = np.clip(1 - np.abs(collapsed) / 0.09, 0, 1) * step(0.3 - t.y, 0.15) * t.lung(on_left)
-    return 0.1 * line - air * (0.055 + vessels), air
+    return 0.16 * line - air * (0.1 + vessels), air
 
 
 def _consolidation(t: _Thorax, rng: np.random.Generator, strength: float) -> Effect:
@@ -408,7 +408,7 @@ def _pleural_thickening(t: _Thorax, rng: np.random.Generator, strength: float) -
         _, cy = t.at(on_left, 0, rng.uniform(0.4, 0.7))
         where = rind * outer * step(0.4 - np.abs(t.y - cy), 0.12)
     shown = where * t.lung(on_left)
-    return 0.17 * strength * shown, shown
+    return 0.25 * strength * shown, shown
 
 
 def _hernia(t: _Thorax, rng: np.random.Generator, strength: float) -> Effect:
@@ -417,7 +417,7 @@ def _hernia(t: _Thorax, rng: np.random.Generator, strength: float) -> Effect:
     cx, cy, radius = rng.uniform(-0.04, 0.14), a.base - rng.uniform(0.08, 0.16), rng.uniform(0.13, 0.18)
     sac = disc(t.x, t.y, cx, cy, radius, 0.3)
     air = disc(t.x, t.y, cx, cy - 0.02, radius * 0.75, 0.3) * step(cy - t.y, 0.02)
-    return strength * (0.1 * sac - 0.12 * air), sac
+    return strength * (0.16 * sac - 0.2 * air), sac
 
 
 _DRAWERS: dict[str, _Drawer] = {

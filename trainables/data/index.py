@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,7 @@ class Index:
         return _digest(self, with_labels=False)
 
 
+@lru_cache(maxsize=32)
 def _digest(index: Index, *, with_labels: bool) -> str:
     h = hashlib.sha256()
     _feed(h, index.names.tolist())
