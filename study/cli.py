@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_STORAGE = Path("outputs")
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+UI_PORT = 5000
 
 
 class StudyGroup(TyperGroup):
@@ -174,7 +175,7 @@ def ui(
     storage: Storage = None,
     tracking_uri: Tracking = None,
     smoke: Smoke = False,
-    port: Annotated[int, typer.Option(help="port on loopback")] = 5000,
+    port: Annotated[int, typer.Option(help="port on loopback")] = UI_PORT,
 ) -> None:
     """Open the MLflow UI over the ledger, on loopback."""
     uri = _tracking(tracking_uri, _storage(storage, smoke))
@@ -292,12 +293,24 @@ def _run(
         folder, command, tracking_uri=tracking_uri, address=address, executor=executor, verbose=verbose
     )
     try:
-        _, complete = run_plan(planned, options, console)
+        launched = run_plan(planned, options, console)
     except KeyboardInterrupt:
         console.print("\nstopped; nothing that was finished is lost. Run the same command again to go on.")
         raise SystemExit(INTERRUPTED) from None
+    address = tracking_uri if tracking_uri is not None and tracking_uri.startswith("http") else None
     _conclude(declared.name, folder, tracking_uri, console, as_json)
-    raise SystemExit(0 if complete else FAILED)
+    _say_where(folder, address, launched.ui_path, console)
+    raise SystemExit(0 if launched.complete else FAILED)
+
+
+def _say_where(folder: Path, server: str | None, ui_path: str, console: Console) -> None:
+    if server is not None:
+        console.print(f"MLflow: {server.rstrip('/')}{ui_path}", highlight=False, soft_wrap=True)
+        return
+    command = f"python study/launch.py ui --storage {shlex.quote(str(folder))}"
+    console.print(
+        f"MLflow: {command}\n        then http://127.0.0.1:{UI_PORT}{ui_path}", highlight=False, soft_wrap=True
+    )
 
 
 def _conclude(name: str, folder: Path, tracking_uri: str | None, console: Console, as_json: bool) -> None:
@@ -314,9 +327,6 @@ def _conclude(name: str, folder: Path, tracking_uri: str | None, console: Consol
         highlight=False,
     )
     console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
-    console.print(
-        f"MLflow: python study/launch.py ui --storage {shlex.quote(str(folder))}", highlight=False, soft_wrap=True
-    )
     if as_json:
         print(json.dumps({"report": str(paths.html), "units": units.model_dump()}))
 

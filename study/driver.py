@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -51,11 +52,16 @@ class RunOptions:
     verbose: bool = False
 
 
-def run_plan(plan: Plan, options: RunOptions, console: Console) -> tuple[StudyHeader, bool]:
-    """Run what is missing and bring the ledger up to date.
+class Launched(NamedTuple):
+    """How a launch ended: the header, whether every cell has finished, and where the MLflow UI shows the study."""
 
-    Returns:
-        The header as it ends, and whether every cell has finished.
+    header: StudyHeader
+    complete: bool
+    ui_path: str
+
+
+def run_plan(plan: Plan, options: RunOptions, console: Console) -> Launched:
+    """Run what is missing and bring the ledger up to date.
 
     Raises:
         StudyError: the data, storage or cluster cannot be used; nothing was trained.
@@ -75,7 +81,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console) -> tuple[StudyHe
                 executor.run(schedule, store, session)
             finally:
                 ledger.flush()
-    return session.close()
+    return Launched(*session.close(), ledger.ui_path())
 
 
 class Session:

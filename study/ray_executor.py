@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -95,6 +96,8 @@ class RayExecutor:
             yield
         finally:
             ray.shutdown()
+            if self._address is None and not self._verbose:
+                shutil.rmtree(options["_temp_dir"], ignore_errors=True)
 
     def _slots(self) -> int:
         """How many trials fit on the cluster at once; what is missing is named instead of waited for."""

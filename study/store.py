@@ -336,5 +336,12 @@ def _seal(facts: dict[str, Any]) -> str:
 
 
 def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors refuses tensors that share memory; contiguous copies do not."""
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    """Safetensors refuses tensors that share memory: contiguous ones, and copies of what is there already."""
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        owned[name] = plain.clone() if memory in seen else plain
+        seen.add(memory)
+    return owned

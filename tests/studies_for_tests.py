@@ -74,5 +74,5 @@ def run_study(
     """Plan and run a shipped study with overrides, in this process."""
     plan = planned(storage, overrides, study=study, sharing=sharing)
     options = RunOptions(storage, command="a test", executor=executor, address=address)
-    header, complete = run_plan(plan, options, Console(quiet=True))
+    header, complete, _ = run_plan(plan, options, Console(quiet=True))
     return Ran(plan, header, complete, storage)

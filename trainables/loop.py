@@ -93,7 +93,7 @@ class Trajectory:
         self._optimiser = self._build_optimiser()
         self._averages = {name: Average(*numbers) for name, numbers in averages.items()}
         self._class_state: Weights | None = None
-        self._counted = Counted()
+        self.counted = Counted()
 
     # -- the story of an epoch --------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class Trajectory:
         """
         started = time.perf_counter()
         now = self.phase()
-        self._counted = Counted()
+        self.counted = Counted()
         self._enter(now)
         weights = self._loss_weights(now)
         loss, effective = self._train_steps(now, weights)
@@ -118,8 +118,8 @@ class Trajectory:
             epoch=self.epoch,
             time_ms=time.time_ns() // 1_000_000,
             seconds=time.perf_counter() - started,
-            units=self._counted.training,
-            evaluation_units=self._counted.evaluation,
+            units=self.counted.training,
+            evaluation_units=self.counted.evaluation,
             metrics=metrics,
             trajectory_sha256=weights_sha256(self.model),
             effective=effective,
@@ -179,7 +179,7 @@ class Trajectory:
             trained = [p for p in self.model.module().parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, self.settings.optimiser.clip_norm)
         self._optimiser.step()
-        self._counted.training += len(rows) * self.task.costs.training(start, now.unfrozen, now.base)
+        self.counted.training += len(rows) * self.task.costs.training(start, now.unfrozen, now.base)
         return loss.detach()
 
     def _forward(self, rows: Rows) -> tuple[Tensor, int]:
@@ -228,7 +228,7 @@ class Trajectory:
             for batch in self._batches(rows):
                 outputs, start = self._forward(batch)
                 kept.append(self.task.predictions(outputs))
-                self._counted.evaluation += len(batch) * self.task.costs.evaluation(start)
+                self.counted.evaluation += len(batch) * self.task.costs.evaluation(start)
         for m, training in modes.items():
             m.training = training
         return np.concatenate(kept)
@@ -340,10 +340,8 @@ class Trajectory:
         model, groups = self.model, self._optimiser.param_groups
         return {
             "segment": now.segment,
-            "trainable_blocks": [
-                i for i, b in enumerate(model.blocks()) if any(p.requires_grad for p in b.parameters())
-            ],
-            "trainable_base": any(p.requires_grad for m in model.base() for p in m.parameters()),
+            "trainable_blocks": [i for i, block in enumerate(model.blocks()) if _trains(block)],
+            "trainable_base": any(_trains(module) for module in model.base()),
             "trainable_parameters": sum(p.numel() for p in model.module().parameters() if p.requires_grad),
             "learning_rates": {"first_step": self._group_rates()},
             "weight_decay": {str(g["name"]): float(g["weight_decay"]) for g in groups},

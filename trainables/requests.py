@@ -101,7 +101,8 @@ class TrialRequest:
         first: epochs completed where its parent ends.
         watches: observers of all cells at or below this trial.
         keep: keys whose states stay after the trial, because others start there.
-        root: folder of the data set's images; for phantoms the place they are drawn to.
+        cache: which frozen prefixes may be cached.
+        compute: device kind, threads and precision.
         mixed: go on from states of other hardware or library versions.
     """
 

@@ -215,6 +215,7 @@ class Trial:
         last_epoch = self._head_epochs + followed.stopped + 1 if followed.stopped is not None else len(self._history)
         weights = self._best[observer.copy, best_epoch]
         rows = self._task.rows("test")
+        counted = self._trajectory.counted.evaluation
         with self._trajectory.holding(weights, best_epoch):
             predictions = self._trajectory.predict(rows)
             digest = weights_sha256(self._trajectory.model)
@@ -233,7 +234,7 @@ class Trial:
             undefined=scores.undefined,
             weights_sha256=digest,
             trajectory_sha256=self._history[last_epoch - 1].trajectory_sha256,
-            evaluation_units=len(rows) * self._task.costs.evaluation(-1),
+            evaluation_units=self._trajectory.counted.evaluation - counted,
             history=self._history[:last_epoch],
             provenance=self._provenance,
         )

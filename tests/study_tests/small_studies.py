@@ -1,4 +1,4 @@
-"""Studies small enough to plan by hand: written as files, loaded and planned by the code that a user's study goes through."""
+"""Studies small enough to plan by hand: written as files, loaded and planned as a user's study is."""
 
 from __future__ import annotations
 

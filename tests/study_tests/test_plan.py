@@ -1,4 +1,4 @@
-"""The plan: keys that change with what changes training and with nothing else, and units that can be counted by hand."""
+"""The plan: keys that change with what changes training and with nothing else, and units counted by hand."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_adding_a_row_or_a_seed_keeps_every_other_key(tmp_path: Path) -> None:
         assert (again.keys, again.key, again.cache_identity) == (c.keys, c.key, c.cache_identity)
 
 
-# ----------------------------------------------------------------------------------------- what changes a key, and what not
+# ------------------------------------------------------------------------------- what changes a key, and what not
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def only(plan: Plan) -> Any:
 
 def with_settings(given: dict[str, Any]) -> dict[str, Any]:
     made = document(seeds=[0])
-    made["profiles"] = {name: given for name in ("phantom", "phantom-derm")}
+    made["profiles"] = dict.fromkeys(("phantom", "phantom-derm"), given)
     return made
 
 

@@ -1,4 +1,4 @@
-"""The schedule: every trial once, after its parent, the longest remaining path first, and nothing that is done already."""
+"""The schedule: every trial once, after its parent, the longest remaining path first, and nothing done twice."""
 
 from __future__ import annotations
 

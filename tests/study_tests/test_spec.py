@@ -1,4 +1,4 @@
-"""Study files become studies: rows in four forms, every problem at once with its line, profiles and overrides by rank."""
+"""Study files become studies: rows in four forms, every problem at once with its line, overrides by rank."""
 
 from __future__ import annotations
 
@@ -189,7 +189,8 @@ rows:
         "study.yaml:1: study: String should match pattern",
         "study.yaml:3: seeds.1: Input should be greater than or equal to 0; found -1",
         "study.yaml:4: stratgy: unknown key",
-        "study.yaml:6: optimiser.encoder_lr: Input should be a valid number, unable to parse string as a number; found 'fast'",
+        "study.yaml:6: optimiser.encoder_lr: Input should be a valid number, unable to parse string as a number; "
+        "found 'fast'",
         "study.yaml:7: optimiser.batch_size: Input should be greater than or equal to 1; found 0",
         "study.yaml:9: weighting.clip: lower bound 5.0 is above upper bound 0.5",
         "study.yaml:14: rows.list.0.set.strategy.depht: unknown key",
