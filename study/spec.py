@@ -351,7 +351,10 @@ def _row_settings(baseline: Document, draft: RowDraft, problems: _Problems) -> S
     for key in unknown:
         groups = ", ".join(Settings.model_fields)
         problems.add((*draft.at, key), f"row {draft.name!r} can change only keys of {groups}")
-    if unknown:
+    named = [key for key in flatten(draft.changes) if key in ("dataset.name", "dataset.root")]
+    for key in named:
+        problems.add((*draft.at, key), "a row cannot change the data set: name several under `datasets`")
+    if unknown or named:
         return None
     try:
         return problems.validate(Settings, apply(baseline, draft.changes), draft.at)

@@ -18,6 +18,8 @@ from study.driver import RunOptions, run_plan
 from study.plan import Plan, make_plan
 from study.spec import Choices, find_study, load_study
 
+ROOT = Path(__file__).resolve().parents[1]
+
 # The smallest run in which every part of the ablation acts: two unfreezing steps, weights refined, decays that differ.
 TINY: Mapping[str, Any] = {
     "seeds": [0, 1],
@@ -72,7 +74,16 @@ def run_study(
     address: str | None = None,
 ) -> Ran:
     """Plan and run a shipped study with overrides, in this process."""
-    plan = planned(storage, overrides, study=study, sharing=sharing)
+    return _run(planned(storage, overrides, study=study, sharing=sharing), storage, executor, address)
+
+
+def run_smoke(storage: Path, study: str, *, executor: str, sharing: bool) -> Ran:
+    """What `--smoke` runs."""
+    declared = load_study(find_study(study), Choices(smoke=True))
+    return _run(make_plan(declared, storage=storage, sharing=sharing), storage, executor, None)
+
+
+def _run(plan: Plan, storage: Path, executor: str, address: str | None) -> Ran:
     options = RunOptions(storage, command="a test", executor=executor, address=address)
     header, complete, _ = run_plan(plan, options, Console(quiet=True))
     return Ran(plan, header, complete, storage)

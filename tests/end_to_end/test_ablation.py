@@ -125,7 +125,6 @@ def test_a_decay_added_later_replays_from_stage_two_and_equals_one_declared_at_o
     pd.testing.assert_frame_equal(ours, shared.cells().loc["+ EMA (full)", HASHES])
 
 
-@pytest.mark.slow
 def test_through_ray_every_bit_is_the_same(shared: Ran, tmp_path: Path) -> None:
     same_numbers(shared, run_study(tmp_path, executor="ray"))
 

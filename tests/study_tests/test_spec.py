@@ -249,6 +249,10 @@ rows:
             {"rows": {"list": [{"name": "a", "set": {"strategy.depth.of": 1}}]}},
             "rows.list.0.set: strategy.depth.of: strategy",
         ),
+        (
+            {"rows": {"list": [{"name": "a", "set": {"dataset": {"name": "ham10000"}}}]}},
+            "rows.list.0.set.dataset.name: a row cannot change the data set: name several under `datasets`",
+        ),
         ({"model": {"mean": [0.5]}}, "model.mean and model.std are given together or not at all"),
         ({"optimiser": {"encoder_lr": float("inf")}}, "optimiser.encoder_lr: Input should be a finite number"),
         ({"execution": {"cpu": 2}}, "execution.cpu: unknown key"),

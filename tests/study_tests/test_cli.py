@@ -1,0 +1,182 @@
+"""The command line as a user meets it: one clear message and exit status 2 for bad input, and nothing started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import pytest
+from small_studies import document, write
+
+from study.spec import shipped_studies
+from trainables.data.registry import DATASETS
+
+LAUNCH = Path(__file__).resolve().parents[2] / "study" / "launch.py"
+PATIENCE = 10  # seconds within which any message must come
+
+
+@dataclass(frozen=True)
+class Told:
+    status: int
+    out: str
+    err: str
+
+
+def launch(folder: Path, *arguments: str) -> Told:
+    """`python study/launch.py …` from another folder, as a user with a checkout elsewhere would call it."""
+    done = subprocess.run(
+        [sys.executable, str(LAUNCH), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env=os.environ | {"COLUMNS": "160", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    return Told(done.returncode, done.stdout, done.stderr)
+
+
+# -------------------------------------------------------------------------------------------------- what is said
+
+
+def test_help_says_how_a_study_is_run_and_what_other_commands_there_are(tmp_path: Path) -> None:
+    told = launch(tmp_path, "--help")
+    assert told.status == 0
+    assert told.err == ""
+    assert "launch.py STUDY [OPTIONS]" in told.out
+    for command in ("list", "schema", "check", "status", "report", "verify", "ui"):
+        assert f" {command} " in told.out
+
+
+def test_the_help_of_a_study_names_every_option(tmp_path: Path) -> None:
+    told = launch(tmp_path, "ablation", "--help")
+    assert told.status == 0
+    options = (
+        "--override --seeds --smoke --dataset --data-root --backbone --storage --tracking-uri --address --executor"
+    )
+    for option in [*options.split(), "--no-sharing", "--plan", "--json", "--verbose"]:
+        assert option in told.out
+
+
+def test_list_names_every_shipped_study_and_data_set(tmp_path: Path) -> None:
+    told = launch(tmp_path, "list")
+    assert told.status == 0
+    first_words = [line.split()[0] for line in told.out.splitlines() if line.startswith("  ")]
+    assert first_words == [*shipped_studies(), *DATASETS]
+    assert "(12 cells)" in told.out
+
+
+def test_the_printed_schema_accepts_a_study_and_refuses_a_wrong_key(tmp_path: Path) -> None:
+    told = launch(tmp_path, "schema")
+    assert told.status == 0
+    schema = json.loads(told.out)
+    jsonschema.validate(document(), schema)
+    with pytest.raises(jsonschema.ValidationError, match="stratgy"):
+        jsonschema.validate(document() | {"stratgy": {}}, schema)
+
+
+def test_check_reads_a_data_set_as_a_study_would(tmp_path: Path) -> None:
+    """Real drawing: the smallest phantom whose four commonest classes can be measured."""
+    from trainables.data.chestxray14 import CLASSES
+
+    kept = {"Atelectasis", "Effusion", "Infiltration", "Nodule"}
+    dropped = ",".join(c for c in CLASSES if c not in kept)
+    told = launch(
+        tmp_path, "check", "phantom", "-o", "dataset.images=160", "-o", f"dataset.drop_classes=[{dropped}]", "--json"
+    )
+    assert (told.status, told.err) == (0, "")
+    facts = json.loads(told.out)
+    assert facts["images"] == sum(split["images"] for split in facts["splits"].values()) == 160
+    assert facts["groups"] == sum(split["groups"] for split in facts["splits"].values())
+    assert set(facts["splits"]["test"]["positives"]) == kept
+    assert set(facts["dropped"]) == set(CLASSES) - kept
+    assert list(tmp_path.iterdir()) == [], "checking leaves nothing behind"
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ablatoin"], "ablatoin: no such study or file; shipped studies: ablation, "),
+        (["ablation", "-o", "depth"], "-o depth: expected KEY=VALUE, such as strategy.depth=6"),
+        (["ablation", "--seeds", "0;1"], "--seeds 0;1: expected whole numbers with commas, such as 0,1,2"),
+        (["ablation", "--executor", "slurm"], "--executor slurm: expected ray or local"),
+        (["ablation", "--dataset", "mnist"], "unknown data set 'mnist'; expected one of chestxray14, "),
+        (
+            ["ablation", "--dataset", "chestxray14", "--backbone", "tiny-phantom"],
+            "chestxray14: no folder given; say where the data set lies: --data-root chestxray14=DIR",
+        ),
+        (
+            ["ablation", "--dataset", "ham10000", "--data-root", "absent", "--backbone", "tiny-phantom", "--plan"],
+            "ham10000: absent is not a folder; expected the data set in its distributed layout there",
+        ),
+        (
+            ["ablation", "--backbone", "./absent", "--plan"],
+            "backbone './absent': no such folder; expected a folder, a hub id",
+        ),
+        (["check", "mnist"], "unknown data set 'mnist'; known are chestxray14, "),
+        (["check", "phantom", "-o", "dataset.image=100"], "dataset.image: Extra inputs are not permitted"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_message_and_status_2_and_starts_nothing(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    told = launch(tmp_path, *arguments)
+    assert told.status == 2
+    assert told.out == ""
+    assert told.err.count("error ") == 1
+    assert said in told.err
+    assert "Traceback" not in told.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_wrong_option_and_key_is_said_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, document([{"name": "a", "set": {"strategy.depth": 0}}], ema={"decay": 3}))
+    told = launch(tmp_path, str(path), "-o", "nosuch.key=1", "-o", "title=", "--dataset", "mnist")
+    assert told.status == 2
+    for key in ("rows.list.0.set.strategy.depth", "ema.decay", "nosuch", "title", "dataset.name"):
+        assert f": {key}" in told.err
+    told = launch(tmp_path, "ablation", "--seeds", "x", "-o", "a", "-o", "b")
+    assert told.status == 2
+    assert [line.split(":")[0] for line in told.err.splitlines()] == ["error -o a", "error -o b", "error --seeds x"]
+
+
+def test_a_traceback_is_shown_with_v_alone(tmp_path: Path) -> None:
+    told = launch(tmp_path, "ablation", "--dataset", "mnist", "-v")
+    assert told.status == 2
+    assert "Traceback (most recent call last)" in told.err
+    assert told.err.splitlines()[-1].startswith("error ablation.yaml: dataset.name: unknown data set 'mnist'")
+
+
+def test_an_option_that_does_not_exist_is_status_2(tmp_path: Path) -> None:
+    told = launch(tmp_path, "ablation", "--sharing")
+    assert told.status == 2
+    assert "No such option: --sharing" in told.err
+    assert "Traceback" not in told.err
+
+
+def test_a_storage_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    told = launch(tmp_path, "ablation", "--executor", "local", "--storage", "file/outputs")
+    assert told.status == 2
+    assert "--storage file/outputs: cannot be written (Not a directory); give a writable folder" in told.err
+    assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize("command", ["status", "report", "verify"])
+def test_a_study_that_was_never_run_is_said_and_no_ledger_is_made(tmp_path: Path, command: str) -> None:
+    told = launch(tmp_path, command, "ablation", "--storage", "outputs")
+    assert told.status == 2
+    assert told.err.count("error ") == 1
+    assert "there is no ledger at" in told.err
+    assert "run a study first" in told.err
+    assert "Traceback" not in told.err
+    assert list(tmp_path.iterdir()) == []
