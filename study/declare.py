@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis.schema import StudyHeader, Units
+from study.chains import Chain, digest, library_versions
 from study.documents import flatten
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
-from study.plan import Chain, Plan, digest, library_versions
+from study.plan import Plan
 from study.spec import Row
 from study.store import Store
 from trainables.results import CellResult, EpochRecord

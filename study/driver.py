@@ -12,6 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from analysis.schema import StudyHeader
+from study.chains import Chain
 from study.declare import (
     MAIN_METRIC,
     cell_headers,
@@ -27,7 +28,7 @@ from study.documents import StudyError
 from study.executors import Executor, LocalExecutor
 from study.ledger import Ledger
 from study.ledger_entries import CellOutcome
-from study.plan import Cache, Chain, Plan
+from study.plan import Cache, Plan
 from study.progress import Progress
 from study.schedule import Node, Schedule
 from study.store import Store

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from study.plan import Chain, Plan
+from study.chains import Chain
+from study.plan import Plan
 from trainables.requests import CacheRequest, TrialRequest, Watch
 
 Status = Literal["waiting", "running", "done", "skipped", "failed"]

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from study.plan import Chain, Plan, make_plan
+from study.chains import Chain
+from study.plan import Plan, make_plan
 from study.spec import Choices, Study, load_study
 
 # What the phantom needs: 600 images, so that all 14 classes can be measured in each split.

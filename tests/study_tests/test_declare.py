@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from small_studies import chain, document, planned
 
+from study.chains import Chain
 from study.declare import cell_headers, counted_units, epochs_of, finished_outcome, no_ops, row_headers, study_header
 from study.ledger_entries import check_declaration
-from study.plan import Chain, Plan
+from study.plan import Plan
 from study.store import Store
 from trainables.costs import Costs
 from trainables.results import CellResult, EpochRecord

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_studies import chain, document, planned
 
+from study.chains import Chain
 from study.documents import StudyError
-from study.plan import Chain, Plan
+from study.plan import Plan
 from study.schedule import Node, Schedule, pending_schedule
 from study.store import RESULT, STATE, result_folder, state_folder
 

@@ -1,0 +1,294 @@
+"""Cells as chains of keys: what a row's settings mean on a data set, and the digest of the state after every epoch.
+
+The key of the state after an epoch is the digest of the key before it and of the epoch's effective configuration, so
+cells whose training begins alike have keys that begin alike. Imports no torch, ray, mlflow or sklearn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from study.documents import StudyError
+from study.spec import Cell, Execution, Study
+from trainables.backbone_files import CONFIG, Backbone, BackboneError, file_sha256, find_backbone
+from trainables.costs import Costs, vit_costs
+from trainables.data.index import DataError, Index
+from trainables.data.registry import load_index
+from trainables.requests import Compute, Observer
+from trainables.settings import DatasetSettings, Settings
+from trainables.strategy import Phase, phase, total_epochs
+
+ROOT_KEY = "root"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a row's settings mean on a data set: its index, encoder and costs."""
+
+    index: Index
+    backbone: Backbone
+    costs: Costs
+
+    @cached_property
+    def train_images(self) -> int:
+        """Images of the training split."""
+        return len(self.index.rows("train"))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A cell's trajectory.
+
+    Attributes:
+        keys: key of the state after each epoch.
+        phases: what trains in each epoch.
+        observer: how the cell looks at the trajectory.
+        key: of the cell: its data set, seed, last state and observer.
+    """
+
+    cell: Cell
+    keys: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    observer: Observer
+    material: Material
+    cache_identity: str
+
+    @property
+    def leaf(self) -> str:
+        """Key of the last epoch."""
+        return self.keys[-1]
+
+    @property
+    def key(self) -> str:
+        """Deterministic key of the cell's run in the ledger."""
+        return digest("cell", self.cell.row.name, self.cell.dataset, self.cell.seed, self.leaf, self.observer.name)
+
+
+def resolve_compute(execution: Execution, settings: Sequence[Settings]) -> Compute:
+    """Device, threads and precision that trials of this study compute with.
+
+    Raises:
+        StudyError: rows ask for different precisions, or for bf16 without a GPU.
+    """
+    device = execution.device
+    if device == "auto":
+        device = "cuda" if execution.gpus != 0 and any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+    wanted = {s.optimiser.precision for s in settings}
+    if len(wanted) > 1:
+        raise StudyError([f"optimiser.precision: rows differ ({', '.join(sorted(wanted))}); one study has one"])
+    precision = wanted.pop()
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    if precision == "bf16" and device == "cpu":
+        raise StudyError(["optimiser.precision: bf16 needs a GPU; use fp32 or auto on CPUs"])
+    return Compute(device, max(1, int(execution.cpus)), precision)
+
+
+def digest(*parts: object) -> str:
+    """sha256 of parts, as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@cache
+def sources_digest() -> str:
+    """Digest of the code that results depend on: every module of trainables but the pretraining script."""
+    import trainables
+
+    root = Path(trainables.__file__).parent
+    h = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if path.name != "pretrain.py":
+            h.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return h.hexdigest()
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of what computes, for the record."""
+    names = ("torch", "transformers", "ray", "optuna", "mlflow", "scikit-learn", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+# -- material --------------------------------------------------------------------------------------------------------
+
+
+def materials_of(study: Study, storage: Path, download: bool) -> dict[tuple[str, int], Material]:
+    """(data set, row index) → what the row's settings mean there.
+
+    Raises:
+        StudyError: with every problem of data, encoder and settings.
+    """
+    problems: list[str] = []
+    found: dict[tuple[str, int], Material] = {}
+    for dataset in study.datasets:
+        for row in study.rows:
+            try:
+                found[dataset, row.index] = _material(row.settings[dataset], storage, download)
+            except (DataError, BackboneError, StudyError) as error:
+                problems += str(error).split("\n")
+    if problems:
+        raise StudyError(dict.fromkeys(problems))
+    return found
+
+
+def _material(settings: Settings, storage: Path, download: bool) -> Material:
+    index = _index(settings.dataset.model_dump_json(), storage / "splits")
+    backbone = _backbone(settings.model.backbone, download)
+    strategy = settings.strategy
+    if strategy.unfreezing != "none" and strategy.depth != "all" and strategy.depth > backbone.layers:
+        raise StudyError(
+            [f"strategy.depth: {strategy.depth} blocks, but backbone {backbone.name!r} has {backbone.layers}"]
+        )
+    unknown = [name for name in settings.weighting.boosts if name not in (*index.classes, *index.dropped)]
+    if unknown:
+        raise StudyError([f"weighting.boosts: {index.dataset} has no class {', '.join(unknown)}"])
+    if settings.dataset.image_size < backbone.patch:
+        raise StudyError(
+            [f"dataset.image_size: {settings.dataset.image_size} px is below one {backbone.patch} px patch"]
+        )
+    costs = vit_costs(
+        hidden=backbone.hidden,
+        layers=backbone.layers,
+        mlp_ratio=backbone.mlp_ratio,
+        patch=backbone.patch,
+        image_size=settings.dataset.image_size,
+        head_hidden=settings.model.head_hidden,
+        classes=len(index.classes),
+    )
+    return Material(index, backbone, costs)
+
+
+@cache
+def _index(dataset_json: str, splits: Path) -> Index:
+    return load_index(DatasetSettings.model_validate_json(dataset_json), splits if splits.is_dir() else None)
+
+
+@cache
+def _backbone(name: str, download: bool) -> Backbone:
+    return find_backbone(name, download=download)
+
+
+# -- chains ----------------------------------------------------------------------------------------------------------
+
+
+def chain_of(cell: Cell, material: Material, execution: Execution, compute: Compute, sharing: bool) -> Chain:
+    """A cell's chain of keys; without sharing no other cell has any of them."""
+    settings = cell.settings
+    blocks = len(material.costs.blocks)
+    ground = _ground(cell, material, compute)
+    phases, tokens = _epoch_tokens(settings.model_dump_json(), blocks)
+    salt = "" if sharing else f"{cell.row.name}|{cell.dataset}"
+    tolerance = execution.cache_dtype if sharing and execution.cache_dtype != "float32" else ""
+    key = digest(ROOT_KEY, ground, cell.seed, salt, tolerance)
+    keys = []
+    for token in tokens:
+        key = hashlib.sha256(f"{key}|{token}".encode()).hexdigest()
+        keys.append(key)
+    return Chain(
+        cell=cell,
+        keys=tuple(keys),
+        phases=phases,
+        observer=Observer.of(settings.ema, settings.stopping),
+        material=material,
+        cache_identity=_cache_identity(settings, material, compute),
+    )
+
+
+def _ground(cell: Cell, material: Material, compute: Compute) -> str:
+    """Digest of what holds for the whole trajectory, apart from the seed."""
+    s = cell.settings
+    return _ground_digest(
+        s.dataset.model_dump_json(exclude={"root"}),
+        s.model.model_dump_json(exclude={"backbone", "mean", "std"}),
+        s.optimiser.model_dump_json(include={"batch_size", "weight_decay", "clip_norm"}),
+        s.task,
+        material.index.digest(),
+        *_encoder(s, material.backbone),
+        compute,
+    )
+
+
+def _encoder(settings: Settings, backbone: Backbone) -> tuple[object, ...]:
+    """What the encoder's activations depend on besides the images: its weights, its shape, and the pixel statistics."""
+    model = settings.model
+    config = None if backbone.folder is None else file_sha256(backbone.folder / CONFIG)
+    return backbone.weights_digest(), config, model.mean or backbone.mean, model.std or backbone.std
+
+
+@cache
+def _ground_digest(*parts: object) -> str:
+    return digest("ground", *parts, sources_digest())
+
+
+@cache
+def _epoch_tokens(settings_json: str, blocks: int) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
+    """Phases of all epochs, and for each epoch the text of its effective configuration."""
+    settings = Settings.model_validate_json(settings_json)
+    phases = tuple(phase(settings.strategy, blocks, e) for e in range(total_epochs(settings.strategy)))
+    return phases, tuple(_effective(settings, now) for now in phases)
+
+
+def _effective(settings: Settings, now: Phase) -> str:
+    """What is in force in an epoch of this phase, and nothing that is not: so that equal training has equal keys."""
+    optimiser = settings.optimiser
+    effective: dict[str, Any] = {
+        "segment": [now.segment, now.segment_start, now.segment_epochs],
+        "unfrozen": now.unfrozen,
+        "base": now.base,
+        "schedule": optimiser.schedule,
+        "head_lr": optimiser.head_lr,
+    }
+    if now.segment == "tune":
+        effective["head_lr"] = optimiser.tune_head_lr or optimiser.head_lr
+        if settings.weighting.enabled:
+            effective["weighting"] = settings.weighting.model_dump()
+    if now.unfrozen:
+        effective["encoder_lr"] = optimiser.encoder_lr
+    return json.dumps(effective, sort_keys=True)
+
+
+def _cache_identity(settings: Settings, material: Material, compute: Compute) -> str:
+    data = settings.dataset
+    return _identity_digest(
+        material.index.digest(),
+        *_encoder(settings, material.backbone),
+        data.image_size,
+        data.fit,
+        compute,
+    )
+
+
+@cache
+def _identity_digest(*parts: object) -> str:
+    return digest("activations", *parts, sources_digest())
+
+
+def check_rows_act(chains: Sequence[Chain], sharing: bool) -> None:
+    """Two rows with the same trajectory and observer at a seed cannot differ: the later one changes nothing."""
+    if not sharing:
+        return
+    seen: dict[tuple[str, str, int, str], str] = {}
+    problems: dict[str, None] = {}
+    for chain in chains:
+        cell = chain.cell
+        at = (cell.dataset, chain.leaf, cell.seed, chain.observer.name)
+        earlier = seen.setdefault(at, cell.row.name)
+        if earlier != cell.row.name:
+            problems[
+                f"rows: {cell.row.name!r} changes nothing that has an effect: it trains and is evaluated exactly as "
+                f"{earlier!r} (changes: {_changes(cell)})"
+            ] = None
+    if problems:
+        raise StudyError(problems)
+
+
+def _changes(cell: Cell) -> str:
+    return ", ".join(f"{key}={value}" for key, value in cell.row.changes.items()) or "none"
