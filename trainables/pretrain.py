@@ -1,7 +1,7 @@
 """Pretrain the tiny encoder on phantoms of other hospitals, without labels, and measure it.
 
-    python -m trainables.pretrain --out trainables/tiny_phantom          # about 20 minutes on one core
-    python -m trainables.pretrain --out trainables/tiny_phantom --evaluate    # about a minute
+    python -m trainables.pretrain --out trainables/tiny_phantom          # about 15 minutes on one core
+    python -m trainables.pretrain --out trainables/tiny_phantom --evaluate  # about a minute
 
 Two objectives share one pass over a masked view of an image, of which only the visible patches are encoded:
 reconstruction of the hidden patches, normalised a patch (He et al., Masked Autoencoders, CVPR 2022), and description of
