@@ -73,7 +73,7 @@ class Progress:
     def _close(self, node: Node) -> None:
         self._running.pop(node, None)
         if not self._console.is_terminal:
-            self._console.print(f"{self._counts()}  {node.name}", highlight=False, markup=False)
+            self._console.print(f"{self._counts()}  {node.name}", highlight=False, markup=False, soft_wrap=True)
 
     def _counts(self) -> str:
         schedule = self._schedule
