@@ -6,6 +6,7 @@ whose worker died. What has been trained is known from our own store alone; Tune
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -190,8 +191,9 @@ class StageSearcher(Searcher):
         """Nothing to restore, see `save`."""
 
     def _hear(self, node: Node, result: dict[str, Any]) -> None:
+        """Pass an epoch on; it travels as JSON, because Tune flattens what searchers get to see."""
         if result.get("record"):
-            self._listener.epoch(node, EpochRecord(**result["record"]))
+            self._listener.epoch(node, EpochRecord(**json.loads(result["record"])))
 
 
 class _Errors(tune.Callback):
@@ -244,7 +246,7 @@ class TrialActor(tune.Trainable):
             record = self._trial.step()
         except TrainingError as error:
             return {"epoch": self._trial.epoch, "done": True, "failure": str(error), "record": None}
-        return {"epoch": self._trial.epoch, "done": self._trial.done, "record": vars(record)}
+        return {"epoch": self._trial.epoch, "done": self._trial.done, "record": json.dumps(vars(record))}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """States are kept by our own store, at every epoch."""
