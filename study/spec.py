@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from study.documents import Document, Path_, StudyError, apply, flatten, key_lines, number, read_document
 from study.rows import Name, RowDraft, RowsDocument, expand
@@ -65,12 +65,13 @@ class StudyDocument(Settings):
     execution: Execution = Execution()
     report: Report = Report()
 
-    @model_validator(mode="after")
-    def _seeds_differ(self) -> StudyDocument:
-        twice = sorted({s for s in self.seeds if self.seeds.count(s) > 1})
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
         if twice:
-            raise ValueError(f"seeds: {', '.join(map(str, twice))} given twice")
-        return self
+            raise ValueError(f"{', '.join(map(str, twice))} given twice")
+        return seeds
 
 
 @dataclass(frozen=True)
