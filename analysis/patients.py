@@ -59,12 +59,15 @@ class PatientNoise:
 
 @dataclass(frozen=True, eq=False)
 class _TestSet:
-    """Predictions of a data set's cells on one test split: scores (M, N, C) in the order of `keys` (row, seed)."""
+    """Predictions of a data set's cells on one test split: scores (M, N, C) in the order of `keys` (row, seed).
+
+    Labels (N, C) are 1 present, 0 absent, −1 unlabelled: left out of their class.
+    """
 
     keys: tuple[tuple[str, int], ...]
     classes: tuple[str, ...]
     groups: npt.NDArray[np.str_]
-    labels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int8]
     scores: Floats
 
 
@@ -99,11 +102,12 @@ def _compare_on_patients(
     draws = min(draws, max(_FEWEST_DRAWS, int(_WORK / test.scores.size)))
     replicates, incomplete = macro_replicates(test.labels, test.scores, test.groups, rng=rng, draws=draws)
     macros = np.array([macro(class_auc(test.labels, model)) for model in test.scores])
-    fits = {
-        name: delong(test.labels[:, c], test.scores[:, :, c])
-        for c, name in enumerate(test.classes)
-        if test.labels[:, c].min() != test.labels[:, c].max()
-    }
+    fits = {}
+    for c, name in enumerate(test.classes):
+        labelled = test.labels[:, c] >= 0
+        column = test.labels[labelled, c]
+        if len(np.unique(column)) == 2:
+            fits[name] = delong(column, test.scores[:, labelled, c])
     noise = []
     for comparison in comparisons:
         weights = _weights(comparison, test.keys)
@@ -154,7 +158,7 @@ def _load(dataset: str, comparisons: list[Comparison], table: StudyTable, record
         scores.append(np.asarray(arrays["scores"], dtype=np.float64))
     assert first is not None  # a comparison has at least one seed
     classes = tuple(str(name) for name in first["classes"])
-    labels = np.asarray(first["labels"], dtype=np.uint8)
+    labels = np.asarray(first["labels"], dtype=np.int8)
     return _TestSet(tuple(runs), classes, np.asarray(first["groups"], dtype=np.str_), labels, np.stack(scores))
 
 

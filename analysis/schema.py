@@ -52,7 +52,7 @@ TEST = "test/"
 VAL = "val/"
 BEST = "best/"
 PREDICTIONS = (
-    "predictions.npz"  # artifact of a cell: names, groups, labels (N, C) uint8, scores (N, C) float32, classes
+    "predictions.npz"  # artifact of a cell: names, groups, labels (N, C) int8 (−1 unlabelled), scores (N, C) float32, classes
 )
 
 CellStatus = Literal["RUNNING", "FINISHED", "FAILED", "PRUNED"]

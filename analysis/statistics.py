@@ -197,9 +197,10 @@ def holm(p: npt.ArrayLike) -> Floats:
 def class_auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Floats:
     """Area under the ROC curve of each class; labels and scores (N, C) → (C,). Ties count one half.
 
+    A label of −1 is unlabelled: the image is left out of that class.
     NaN where a class has one value in the split: it is undefined, not 0 and not 0.5.
     """
-    y, s = _labels(labels, ndim=2), _finite("scores", scores, ndim=2)
+    y, s = _labels(labels, ndim=2, masked=True), _finite("scores", scores, ndim=2)
     _same_shape(y, s)
     once = np.ones((len(y), 1), dtype=np.int32)
     return np.array([_weighted_auc(y[:, c], s[:, c], once)[0] for c in range(y.shape[1])])
@@ -256,7 +257,7 @@ def macro_replicates(
     """Macro AUC of M models in each of D bootstrap draws of whole groups (patients), the same draws for all models.
 
     Args:
-        labels: (N, C) of 0 and 1.
+        labels: (N, C) of 0 and 1; −1 is unlabelled and left out of its class.
         scores: (M, N, C).
         groups: (N,) group of each image; all images of a group are drawn together, as often as the group is.
         rng: the generator; the same state gives the same bits.
@@ -266,10 +267,10 @@ def macro_replicates(
         replicates (M, D), each the mean over the classes that are defined in the draw, and the number of draws in which
         a class that is defined in the full split was not.
     """
-    y, s = _labels(labels, ndim=2), _finite("scores", scores, ndim=3)
+    y, s = _labels(labels, ndim=2, masked=True), _finite("scores", scores, ndim=3)
     _same_shape(y, s[0])
     codes = np.unique(np.asarray(groups), return_inverse=True)[1]
-    defined = np.flatnonzero((y.min(axis=0) == 0) & (y.max(axis=0) == 1))
+    defined = np.flatnonzero((y == 0).any(axis=0) & (y == 1).any(axis=0))
     if codes.shape != (len(y),) or not defined.size:
         raise ValueError(f"{codes.size} groups and {len(y)} images, {defined.size} classes with both values")
     replicates, incomplete = [], 0
@@ -418,12 +419,16 @@ def _finite(name: str, values: npt.ArrayLike, ndim: int = 1) -> Floats:
     return x
 
 
-def _labels(labels: npt.ArrayLike, ndim: int) -> npt.NDArray[np.int8]:
+def _labels(labels: npt.ArrayLike, ndim: int, *, masked: bool = False) -> npt.NDArray[np.int8]:
     y = np.asarray(labels)
+    allowed = (-1, 0, 1) if masked else (0, 1)
     if y.ndim != ndim:
         raise ValueError(f"labels have shape {y.shape}; expected {ndim} dimensions")
-    if not np.isin(y, (0, 1)).all():
-        raise ValueError(f"labels hold {sorted(set(np.unique(y).tolist()) - {0, 1})[:5]}; expected 0 and 1 only")
+    if not np.isin(y, allowed).all():
+        expected = "0, 1 and −1 (unlabelled)" if masked else "0 and 1"
+        raise ValueError(
+            f"labels hold {sorted(set(np.unique(y).tolist()) - set(allowed))[:5]}; expected {expected} only"
+        )
     return y.astype(np.int8)
 
 

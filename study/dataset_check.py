@@ -1,67 +1,231 @@
-"""What `check` says of a data set: it is read exactly as a study would read it."""
+"""What `check` says of a data set: it is read as a study would read it, and every fault is listed, not the first."""
 
 from __future__ import annotations
 
+import csv
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from study.documents import StudyError
+from trainables.data.adapter import Refused
 from trainables.data.index import SPLITS, Index
-from trainables.data.registry import load_index, prepare
+from trainables.data.registry import DATASETS, find, leaks_of, place, read_boxes, read_table, split_table, unmeasurable
+from trainables.data.splits import Leak
 from trainables.settings import DatasetSettings
 
+FINDINGS = "findings-{dataset}.csv"  # where the faults are listed, in the folder of the command
+_SHOWN = 5  # faults of a kind that the text shows
 
-def check_dataset(given: dict[str, Any]) -> dict[str, Any]:
-    """Load the index, find every image, and count.
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images with the same pixels.
+
+    Attributes:
+        why: what they falsify: 'in two splits', 'of two patients', 'with different labels'; empty where nothing.
+    """
+
+    images: tuple[str, ...]
+    splits: tuple[str, ...]
+    groups: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A data set's facts and faults.
+
+    Attributes:
+        splits: name → images, groups, positives a class.
+        leaks: groups in two splits.
+        missing: images without a file.
+        unreadable: images that cannot be decoded.
+        refused: rows, boxes and images that cannot be used.
+        duplicates: sets of images with the same pixels.
+        warnings: what falsifies nothing, one sentence each.
+    """
+
+    dataset: str
+    group_kind: str
+    images: int
+    groups: int
+    splits: dict[str, dict[str, Any]]
+    leaks: tuple[Leak, ...]
+    missing: tuple[str, ...]
+    unreadable: tuple[Refused, ...]
+    refused: tuple[Refused, ...]
+    duplicates: tuple[Duplicates, ...]
+    warnings: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "images": self.images,
+            "groups": self.groups,
+            "splits": self.splits,
+            "leaks": [{"group": x.group, "splits": list(x.splits), "images": x.images} for x in self.leaks],
+            "missing": list(self.missing),
+            "unreadable": [{"image": x.place, "reason": x.reason} for x in self.unreadable],
+            "refused": [{"place": x.place, "reason": x.reason} for x in self.refused],
+            "duplicates": [
+                {"images": list(x.images), "splits": list(x.splits), "groups": list(x.groups), "falsifies": x.why}
+                for x in self.duplicates
+            ],
+            "warnings": list(self.warnings),
+        }
+
+    def faults(self) -> list[tuple[str, str, str]]:
+        """(kind, place, detail) of everything that would falsify a result."""
+        kind = self.group_kind
+        return [
+            *(("leak", f"{kind} {x.group}", f"{x.images} images in {' and '.join(x.splits)}") for x in self.leaks),
+            *(("missing", name, "no file") for name in self.missing),
+            *(("unreadable", x.place, x.reason) for x in self.unreadable),
+            *(("refused", x.place, x.reason) for x in self.refused),
+            *(("duplicate", ", ".join(x.images), f"the same pixels {x.why}") for x in self.duplicates if x.why),
+        ]
+
+
+def check_dataset(
+    given: dict[str, Any], *, tables_only: bool = False, seen: Callable[[int], None] = lambda _images: None
+) -> Check:
+    """Read the tables, split, and unless `tables_only` open every image.
+
+    Args:
+        given: settings of the group `dataset`.
+        tables_only: look for no image.
+        seen: called with the number of all images after each image that was opened.
 
     Raises:
         StudyError: settings that do not exist or fit.
-        DataError: whatever would keep a study from using the data set.
+        DataError: what keeps the tables from being read at all.
     """
+    settings = _settings(given)
+    table = read_table(settings)
+    index = split_table(table, settings)
+    boxes = read_boxes(settings)
+    refused = dict.fromkeys((*table.refused, *(() if boxes is None else boxes.refused)))
+    problem = unmeasurable(index, given_test=table.official is not None)
+    warnings = [*table.warnings, *([problem] if problem is not None else [])]
+    looked = _Looked((), (), (), ()) if tables_only else _look(settings, index, seen)
+    return Check(
+        dataset=index.dataset,
+        group_kind=index.group_kind,
+        images=len(index),
+        groups=len(np.unique(index.groups)),
+        splits={name: _facts_of_split(index, name) for name in SPLITS},
+        leaks=tuple(leaks_of(table, index)),
+        missing=looked.missing,
+        unreadable=looked.unreadable,
+        refused=(*refused, *looked.wrong),
+        duplicates=looked.duplicates,
+        warnings=(*warnings, *_harmless(looked.duplicates)),
+    )
+
+
+def _settings(given: dict[str, Any]) -> DatasetSettings:
     try:
-        settings = DatasetSettings.model_validate(given)
+        return DatasetSettings.model_validate(given)
     except ValidationError as error:
         raise StudyError(
             f"dataset.{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False)
         ) from error
-    index = load_index(settings)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What the image files say."""
+
+    missing: tuple[str, ...]
+    unreadable: tuple[Refused, ...]
+    wrong: tuple[Refused, ...]
+    duplicates: tuple[Duplicates, ...]
+
+
+def _look(settings: DatasetSettings, index: Index, seen: Callable[[int], None]) -> _Looked:
+    from trainables.data.survey import survey_images
+
     with TemporaryDirectory() as folder:
-        prepare(settings, index, Path(folder))
-    facts = _facts(index)
-    return facts | {"text": _text(facts, index)}
+        paths = find(index, place(settings, Path(folder)))
+        survey = survey_images(index, paths, os.cpu_count() or 1, lambda: seen(len(index)))
+    missing = tuple(name for name, path in zip(index.names.tolist(), paths, strict=True) if path is None)
+    return _Looked(
+        missing, survey.unreadable, survey.wrong, tuple(_duplicates(index, rows) for rows in survey.duplicates)
+    )
 
 
-def _facts(index: Index) -> dict[str, Any]:
-    splits = {}
-    for name in SPLITS:
-        rows = index.rows(name)
-        counts = index.labels[rows].sum(axis=0, dtype=int)
-        splits[name] = {
-            "images": len(rows),
-            "groups": len(set(index.groups[rows].tolist())),
-            "positives": dict(zip(index.classes, counts.tolist(), strict=True)),
-        }
+def _duplicates(index: Index, rows: tuple[int, ...]) -> Duplicates:
+    at = np.array(rows)
+    splits = tuple(SPLITS[s] for s in np.unique(index.split[at]).tolist())
+    groups = tuple(np.unique(index.groups[at]).tolist())
+    why = ""
+    if len(splits) > 1:
+        why = f"in {' and '.join(splits)}"
+    elif len(np.unique(index.labels[at], axis=0)) > 1:
+        why = "with different labels"
+    elif len(groups) > 1 and index.group_kind != "image":
+        why = f"of {len(groups)} {index.group_kind}s"
+    return Duplicates(tuple(index.names[at].tolist()), splits, groups, why)
+
+
+def _harmless(duplicates: tuple[Duplicates, ...]) -> list[str]:
+    harmless = [found for found in duplicates if not found.why]
+    if not harmless:
+        return []
+    first = " and ".join(harmless[0].images[:2])
+    return [f"{len(harmless)} images are there more than once, in one split and alike, the first is {first}"]
+
+
+def _facts_of_split(index: Index, name: str) -> dict[str, Any]:
+    positives, _ = index.class_counts(name)
     return {
-        "dataset": index.dataset,
-        "images": len(index),
-        "groups": len(set(index.groups.tolist())),
-        "splits": splits,
-        "dropped": list(index.dropped),
-        "split_digest": index.split_digest(),
+        "images": len(index.rows(name)),
+        "groups": len(np.unique(index.groups[index.rows(name)])),
+        "positives": dict(zip(index.classes, positives.tolist(), strict=True)),
     }
 
 
-def _text(facts: dict[str, Any], index: Index) -> str:
-    lines = [f"{facts['dataset']}: {facts['images']:,} images of {facts['groups']:,} {index.group_kind}s"]
-    lines.append(f"{'positives':28}" + "".join(f"{name:>9}" for name in SPLITS))
-    lines += [
-        f"{name:28}" + "".join(f"{facts['splits'][s]['positives'][name]:>9,}" for s in SPLITS) for name in index.classes
+def write_findings(faults: list[tuple[str, str, str]], path: Path) -> None:
+    """All faults as CSV: kind, place, detail.
+
+    Raises:
+        StudyError: the file cannot be written.
+    """
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["kind", "place", "detail"])
+            writer.writerows(faults)
+    except OSError as error:
+        raise StudyError([f"--findings {path}: cannot be written ({error.strerror}); name another file"]) from error
+
+
+def text_of(check: Check) -> str:
+    """What a person reads: counts, warnings, and the first faults of each kind."""
+    kinds = f"{check.group_kind}s"
+    own_groups = check.group_kind != "image"
+    of = f" of {check.groups:,} {kinds}" if own_groups else ""
+    lines = [f"{DATASETS[check.dataset].title}: {check.images:,} images{of}"]
+    classes = list(check.splits["train"]["positives"])
+    width = max(28, *(len(name) + 1 for name in (*classes, kinds)))
+    table = [
+        ("positives", SPLITS),
+        *((name, [f"{check.splits[s]['positives'][name]:,}" for s in SPLITS]) for name in classes),
+        ("images", [f"{check.splits[s]['images']:,}" for s in SPLITS]),
+        *([(kinds, [f"{check.splits[s]['groups']:,}" for s in SPLITS])] if own_groups else []),
     ]
-    lines.append(f"{'images':28}" + "".join(f"{facts['splits'][s]['images']:>9,}" for s in SPLITS))
-    lines.append(f"{index.group_kind + 's':28}" + "".join(f"{facts['splits'][s]['groups']:>9,}" for s in SPLITS))
-    if index.dropped:
-        lines.append(f"dropped: {', '.join(index.dropped)}")
+    lines += [f"{name:{width}}" + "".join(f"{value:>9}" for value in values) for name, values in table]
+    lines += [f"warning: {warning}" for warning in check.warnings]
+    faults = check.faults()
+    for kind in dict.fromkeys(kind for kind, _, _ in faults):
+        own = [(where, detail) for of, where, detail in faults if of == kind]
+        lines += [f"{kind}: {where}: {detail}" for where, detail in own[:_SHOWN]]
+        lines += [f"{kind}: … {len(own) - _SHOWN:,} more"] if len(own) > _SHOWN else []
     return "\n".join(lines)

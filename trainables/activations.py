@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainables.cache_files import DATA, ROWS, cache_name, lock, record_of, write_record
+from trainables.cache_files import DATA, ROWS, cache_name, claim_blocks, lock, record_of, write_record
 from trainables.costs import IMAGES
 from trainables.device import autocast
 from trainables.requests import CacheRequest, Compute
@@ -145,7 +145,7 @@ class Activations:
         with lock(folder):
             if not _complete(folder):
                 self._build(model, position, folder)
-        return _load(folder)
+            return _load(folder)  # before another driver may release it
 
     def _build(self, model: StagedModel, position: int, folder: Path) -> None:
         rows = self._cached_rows(position)
@@ -157,6 +157,7 @@ class Activations:
         dtype = np.dtype(self._request.dtype)
         _require_space(folder, int(np.prod(shape)) * dtype.itemsize)
         data = np.lib.format.open_memmap(part / DATA, mode="w+", dtype=dtype, shape=shape)
+        claim_blocks(part / DATA)
         checksums = np.empty(len(rows), dtype=np.uint32)
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]

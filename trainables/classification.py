@@ -14,7 +14,7 @@ from trainables.backbone_files import Backbone
 from trainables.backbones import PooledViT, load_encoder, mlp_head
 from trainables.costs import Costs, vit_costs
 from trainables.data.images import ImageCache
-from trainables.data.index import Index
+from trainables.data.index import UNLABELLED, Index
 from trainables.metrics import class_aucs, macro, undefined
 from trainables.settings import Settings
 from trainables.task import Rows, Scores
@@ -46,6 +46,7 @@ class Classification:
         self.classes = index.classes
         self.costs = classification_costs(backbone, settings, len(index.classes))
         self._labels = torch.from_numpy(index.labels.astype(np.float32))
+        self._masked = bool((index.labels == UNLABELLED).any())
         model = settings.model
         self._mean = torch.tensor(model.mean or backbone.mean).view(1, -1, 1, 1)
         self._std = torch.tensor(model.std or backbone.std).view(1, -1, 1, 1)
@@ -66,15 +67,23 @@ class Classification:
         return (x - self._mean.to(device)) / self._std.to(device)
 
     def class_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Positives and negatives of each class in the training split."""
-        labels = self._index.labels[self.rows("train")].astype(np.int64)
-        positives = labels.sum(axis=0)
-        return positives, len(labels) - positives
+        """Positives and negatives of each class in the training split, over the images labelled for it."""
+        return self._index.class_counts("train")
 
     def loss(self, outputs: Tensor, rows: Rows, class_weights: Tensor | None) -> Tensor:
-        """Binary cross-entropy with logits, mean over batch and classes; weights multiply the positive term."""
+        """Binary cross-entropy with logits; weights multiply the positive term.
+
+        L = −(1/M) Σ over labelled (b, c) of [ w_c · y · log σ(z) + (1 − y) · log(1 − σ(z)) ], M the number of labelled
+        pairs of image and class in the batch (B · C where all are); 0 where none is.
+        """
         targets = self._labels[torch.from_numpy(rows)].to(outputs.device, non_blocking=True)
-        return functional.binary_cross_entropy_with_logits(outputs.float(), targets, pos_weight=class_weights)
+        if not self._masked:
+            return functional.binary_cross_entropy_with_logits(outputs.float(), targets, pos_weight=class_weights)
+        labelled = (targets != UNLABELLED).float()
+        losses = functional.binary_cross_entropy_with_logits(
+            outputs.float(), targets.clamp(min=0), pos_weight=class_weights, reduction="none"
+        )
+        return (losses * labelled).sum() / labelled.sum().clamp(min=1)
 
     def predictions(self, outputs: Tensor) -> npt.NDArray[np.float32]:
         """(B, C) probabilities."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import os
 
+import psutil
 import torch
 
 from trainables.requests import Compute
 from trainables.results import TrainingError
+
+# What torch says, as a plain RuntimeError, where memory is refused: the CPU's allocator, CUDA, cuBLAS, cuDNN.
+REFUSALS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def start(compute: Compute) -> torch.device:
@@ -43,3 +49,33 @@ def hardware(compute: Compute) -> str:
     if compute.device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU {torch.backends.cpu.get_cpu_capability()}"
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_refused(error: BaseException) -> bool:
+    """Whether an error means that an allocation was refused, on the GPU or in main memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in REFUSALS)
+
+
+def release_memory() -> None:
+    """Give back what is no longer referenced, also to others on the same GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def memory_left(compute: Compute) -> str:
+    """How much memory the device has left, such as 'GPU NVIDIA L4 has 0.3 GB of 24.0 GB free'."""
+    if compute.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        where = f"GPU {torch.cuda.get_device_name()}"
+    else:
+        memory = psutil.virtual_memory()
+        free, total, where = memory.available, memory.total, "the machine (device cpu)"
+    return f"{where} has {free / 1e9:.1f} GB of {total / 1e9:.1f} GB free"

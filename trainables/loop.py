@@ -37,6 +37,10 @@ from trainables.task import (
 from trainables.weighting import Weights, initial_state, refine, training_weights
 
 
+class DivergedError(TrainingError):
+    """Losses, predictions or weights are no numbers any more; says in which epoch, and at which step if it is known."""
+
+
 @dataclass
 class Counted:
     """Units computed so far in an epoch, counted where they are computed."""
@@ -101,7 +105,7 @@ class Trajectory:
         """Train one epoch, validate every copy, refine the class weights, and say what was done.
 
         Raises:
-            TrainingError: the loss is not finite, or the predictions after the last step; names epoch and step.
+            DivergedError: the loss is not finite, or predictions, weights or moments after the last step.
         """
         started = time.perf_counter()
         now = self.phase()
@@ -113,6 +117,7 @@ class Trajectory:
         metrics |= {f"lr/{group}": lr for group, lr in effective["learning_rates"]["first_step"].items()}
         metrics |= self._weight_metrics(weights)
         metrics |= self._validate(now)
+        self._check_finite(now)
         self.epoch += 1
         return EpochRecord(
             epoch=self.epoch,
@@ -164,10 +169,7 @@ class Trajectory:
         """Mean over images; read from the device once an epoch, so that steps never wait for it."""
         values = torch.stack(losses).double().cpu()
         for step in torch.nonzero(~torch.isfinite(values)).flatten().tolist()[:1]:
-            raise TrainingError(
-                f"loss is {values[step]:g} in epoch {self.epoch + 1}, step {step + 1} of {len(sizes)}; the state after "
-                f"epoch {self.epoch} is kept: lower the learning rates or set optimiser.clip_norm"
-            )
+            raise DivergedError(f"loss is {values[step]:g} in epoch {self.epoch + 1}, step {step + 1} of {len(sizes)}")
         return float((values * torch.tensor(sizes)).sum() / sum(sizes))
 
     def _step(self, rows: Rows, now: Phase, loss_weights: Tensor | None) -> Tensor:
@@ -208,14 +210,11 @@ class Trajectory:
         """Score the present weights on rows.
 
         Raises:
-            TrainingError: the weights predict no numbers, as after a last step that broke them; names the epoch.
+            DivergedError: the weights predict no numbers, as after a last step that broke them; names the epoch.
         """
         predictions = self.predict(rows)
         if not np.isfinite(predictions).all():
-            raise TrainingError(
-                f"predictions are not finite after the last step of epoch {self.epoch + 1}; the state after epoch "
-                f"{self.epoch} is kept: lower the learning rates or set optimiser.clip_norm"
-            )
+            raise DivergedError(f"predictions are not finite after the last step of epoch {self.epoch + 1}")
         return self.task.score(predictions, rows)
 
     def predict(self, rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -261,18 +260,32 @@ class Trajectory:
     def state(self) -> State:
         """Everything that the next epoch depends on."""
         last = phase(self.settings.strategy, len(self.model.blocks()), self.epoch - 1)
+        tensors = self._live_tensors(last)
+        return State(
+            epoch=self.epoch,
+            tensors={name: t.to("cpu", copy=True).contiguous() for name, t in tensors.items()},
+            averages={copy: average.t for copy, average in self._averages.items()},
+            class_state=None if self._class_state is None else self._class_state.tolist(),
+        )
+
+    def _live_tensors(self, last: Phase) -> dict[str, Tensor]:
+        """Tensors of a `State` after an epoch of this phase, where they are."""
         tensors = {f"model/{name}": t for name, t in trained_tensors(self.model, last).items()}
         names: dict[Tensor, str] = {p: n for n, p in self.model.module().named_parameters()}
         for parameter, slots in self._optimiser.state.items():
             tensors |= {f"optimiser/{names[parameter]}/{slot}": t for slot, t in slots.items()}
         for copy, average in self._averages.items():
             tensors |= {f"average/{copy}/{name}": t for name, t in average.tensors.items()}
-        return State(
-            epoch=self.epoch,
-            tensors={name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
-            averages={copy: average.t for copy, average in self._averages.items()},
-            class_state=None if self._class_state is None else self._class_state.tolist(),
-        )
+        return {name: t.detach() for name, t in tensors.items()}
+
+    def _check_finite(self, now: Phase) -> None:
+        """Nothing is kept that training cannot go on from: a moment of AdamW that overflows shows in no loss."""
+        tensors = {name: t for name, t in self._live_tensors(now).items() if t.is_floating_point()}
+        if torch.isfinite(torch.nn.utils.get_total_norm(list(tensors.values()))):
+            return  # one number for all of them; if it alone overflows, no tensor is named below
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"{name} is not finite after the last step of epoch {self.epoch + 1}")
 
     def restore(self, state: State) -> None:
         """Go on from a state of the same settings and seed."""

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
 
-def class_aucs(labels: npt.NDArray[np.uint8], scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """AUC of each class.
+def class_aucs(labels: npt.NDArray[np.integer], scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """AUC of each class, over the images that are labelled for it.
 
     Args:
-        labels: (N, C) 0 or 1.
+        labels: (N, C) 0 or 1; anything else is unlabelled and left out of its class.
         scores: (N, C), higher means more likely.
 
     Returns:
@@ -21,9 +21,10 @@ def class_aucs(labels: npt.NDArray[np.uint8], scores: npt.NDArray[np.floating]) 
     """
     aucs = np.full(labels.shape[1], np.nan)
     for c in range(labels.shape[1]):
-        column = labels[:, c]
+        labelled = np.isin(labels[:, c], (0, 1))
+        column = labels[labelled, c]
         if column.size and column.min() != column.max():
-            aucs[c] = roc_auc_score(column, scores[:, c])
+            aucs[c] = roc_auc_score(column, scores[labelled, c])
     return aucs
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Task = Literal["classification"]
-Depth = Annotated[int, Field(ge=1)] | Literal["all"]
+Depth = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -37,14 +37,56 @@ class DatasetSettings(Frozen):
     split: Literal["grouped", "official"] = Field(
         "grouped", description="grouped: our 80/10/10 over patients or lesions; official: the distributed lists"
     )
-    split_seed: int = Field(2026, ge=0, description="fixed for the data set, apart from the training seeds")
+    split_seed: int = Field(2026, ge=0, lt=2**63, description="fixed for the data set, apart from the training seeds")
     drop_classes: tuple[str, ...] = Field((), description="classes left out of training and tables, by name")
     images: int | None = Field(
         None,
         ge=40,
+        le=10_000_000,
         description="phantoms: how many to draw; other data sets: a seeded sample of whole groups of about this size",
     )
-    hospital: int = Field(0, ge=0, description="phantoms: seed of the scanner's look and of the patients")
+    hospital: int = Field(0, ge=0, lt=2**63, description="phantoms: seed of the scanner's look and of the patients")
+    uncertain: Literal["ones", "zeros", "ignore"] = Field(
+        "ones", description="chexpert: uncertain labels count as present, as absent, or are masked in loss and metrics"
+    )
+    views: Literal["all", "frontal"] = Field("all", description="chexpert: all images, or frontal ones only")
+    only_tb: bool = Field(False, description="tbx11k: the images with tuberculosis alone")
+    merge_classes: bool = Field(False, description="tbx11k: active and obsolete tuberculosis as one class")
+    table: str | None = Field(None, description="csv, coco: the table or json file, relative to the root or absolute")
+    image_column: str | None = Field(
+        None, description="csv: column of image names; extension optional, folders allowed"
+    )
+    group_column: str | None = Field(None, description="csv: column of what must not span two splits, such as patients")
+    split_column: str | None = Field(None, description="csv: column of train, val (may be absent) and test")
+    label_columns: tuple[str, ...] = Field((), description="csv: a column of 0 and 1 for each class")
+    label_column: str | None = Field(None, description="csv: one column that names the class, or classes, of an image")
+    label_separator: str | None = Field(
+        None, min_length=1, description="csv: what separates several classes in label_column; none: one class an image"
+    )
+    encoding: str = Field("utf-8", description="csv: encoding of the table")
+    channels: Literal[1, 3] | None = Field(
+        None, description="csv, coco, yolo: 1 reads images as grey, 3 (default) as RGB"
+    )
+
+
+# How a table is read: these act on results through the index alone, whose digest is part of every key.
+READING = frozenset(
+    {
+        "uncertain",
+        "views",
+        "only_tb",
+        "merge_classes",
+        "table",
+        "image_column",
+        "group_column",
+        "split_column",
+        "label_columns",
+        "label_column",
+        "label_separator",
+        "encoding",
+        "channels",
+    }
+)
 
 
 class ModelSettings(Frozen):
@@ -53,16 +95,16 @@ class ModelSettings(Frozen):
     backbone: str = Field(
         "tiny-phantom", description="`tiny-phantom` (shipped), a hub id such as microsoft/rad-dino, or a folder"
     )
-    head_hidden: int = Field(512, ge=1, description="width of the head's two hidden layers")
+    head_hidden: int = Field(512, ge=1, le=100_000, description="width of the head's two hidden layers")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="dropout rate after each hidden layer")
-    mean: tuple[float, ...] | None = Field(None, description="pixel mean in [0, 1]; default: the backbone's own")
-    std: tuple[float, ...] | None = Field(None, description="pixel std in [0, 1]; default: the backbone's own")
+    mean: tuple[Fraction, ...] | None = Field(None, description="pixel mean in [0, 1]; default: the backbone's own")
+    std: tuple[Positive, ...] | None = Field(None, description="pixel std in [0, 1]; default: the backbone's own")
 
 
 class OptimiserSettings(Frozen):
     """AdamW with an encoder and a head group; the schedule restarts with each of the two segments."""
 
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=1_000_000)
     encoder_lr: Positive = Field(3e-6, description="peak rate of unfrozen encoder parameters")
     head_lr: Positive = Field(5e-5, description="peak rate of the head")
     tune_head_lr: Positive | None = Field(None, description="peak rate of the head in stage 2; default: head_lr")
@@ -75,14 +117,16 @@ class OptimiserSettings(Frozen):
 class StrategySettings(Frozen):
     """Head stage, then progressive unfreezing: k(e) = min(K, step · (1 + ⌊(e − E1) / s⌋))."""
 
-    head_epochs: int = Field(10, ge=1, description="E1: epochs of stage 1, encoder frozen")
-    tune_epochs: int = Field(20, ge=1, description="E2: epochs of stage 2")
+    head_epochs: int = Field(10, ge=1, le=10_000, description="E1: epochs of stage 1, encoder frozen")
+    tune_epochs: int = Field(20, ge=1, le=10_000, description="E2: epochs of stage 2")
     unfreezing: Literal["none", "progressive", "static"] = Field(
         "progressive", description="none: the head alone trains in stage 2; static: K blocks from its first epoch"
     )
     depth: Depth = Field(10, description="K: blocks unfrozen at most, from the top; all: embeddings and norm too")
-    step: int = Field(2, ge=1, description="blocks added at a time")
-    every: int | None = Field(None, ge=1, description="s: epochs between additions; default max(1, round(E2 / 10))")
+    step: int = Field(2, ge=1, le=10_000, description="blocks added at a time")
+    every: int | None = Field(
+        None, ge=1, le=10_000, description="s: epochs between additions; default max(1, round(E2 / 10))"
+    )
 
 
 class WeightingSettings(Frozen):
@@ -113,7 +157,7 @@ class EmaSettings(Frozen):
 class StoppingSettings(Frozen):
     """Early stopping on the row's own validation metric, counted from stage 2's first epoch."""
 
-    patience: int | None = Field(7, ge=1, description="epochs without improvement; null: never stop early")
+    patience: int | None = Field(7, ge=1, le=10_000, description="epochs without improvement; null: never stop early")
 
 
 class Settings(Frozen):

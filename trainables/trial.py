@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainables import device
 from trainables.activations import Activations
-from trainables.loop import State, Trajectory
+from trainables.loop import DivergedError, State, Trajectory
 from trainables.requests import Observer, TrialRequest, Watch
 from trainables.results import CellResult, EpochRecord, TrainingError
 from trainables.stopping import Followed, follow
@@ -105,9 +105,12 @@ class Trial:
         """Train one epoch, save its state, and write the results that it completes.
 
         Raises:
-            TrainingError: the loss is not finite, or a replayed epoch differs from the one on record.
+            TrainingError: training diverged, memory was refused, or a replayed epoch differs from the one on record.
         """
-        record = self._trajectory.train_epoch()
+        try:
+            record = self._trajectory.train_epoch()
+        except DivergedError as error:
+            raise TrainingError(f"{error}; {self._last_good_state()}: {self._calmer_settings()}") from None
         self._history.append(record)
         self._keep_best()
         before = self.epoch - 1
@@ -125,6 +128,26 @@ class Trial:
         """Drop a state that nothing will start from: the next one is there, or all its cells have their results."""
         if epoch > 0 and self.request.keys[epoch - 1] not in self.request.keep:
             self._stash.drop(self.request.keys[epoch - 1])
+
+    # -- what a failure leaves behind -------------------------------------------------------------------------------
+
+    def _last_good_state(self) -> str:
+        """Every state that is kept is finite, and training can go on from it."""
+        if not self._history:
+            return "no epoch was finished before"
+        return f"the state after epoch {self.epoch} is kept and sound ({self.request.keys[self.epoch - 1][:12]})"
+
+    def _calmer_settings(self) -> str:
+        """What to change, and how much of the training it leaves valid: keys say which epochs a setting acts on."""
+        optimiser = self.request.settings.optimiser
+        clip = "" if optimiser.clip_norm is not None else ", or set optimiser.clip_norm and train all of it again"
+        if self.epoch < self._head_epochs:
+            return f"lower optimiser.head_lr ({optimiser.head_lr:g}){clip}"
+        tune_head_lr = optimiser.tune_head_lr or optimiser.head_lr
+        return (
+            f"lower optimiser.encoder_lr ({optimiser.encoder_lr:g}) or optimiser.tune_head_lr ({tune_head_lr:g}), "
+            f"which goes on from the head stage, epoch {self._head_epochs}{clip}"
+        )
 
     # -- where it starts --------------------------------------------------------------------------------------------
 

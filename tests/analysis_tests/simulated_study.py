@@ -36,6 +36,7 @@ class Simulated:
     pair_noise: float = 0.002
     failed: tuple[tuple[str, str, int, str], ...] = ()  # (data set, row, seed, status)
     undefined: tuple[str, ...] = ()
+    unlabelled: float = 0.0  # share of the labels that are −1
     noop: tuple[tuple[str, str], ...] = ()  # (row, the row it equals)
     published: str | None = None
     description: str = "Adds the parts of the method one at a time."
@@ -178,6 +179,9 @@ def _truth(plan: Simulated, rng: np.random.Generator) -> dict[str, np.ndarray]:
     labels[:2] = [[0], [1]]
     for name in plan.undefined:
         labels[:, plan.classes.index(name)] = 0
+    if plan.unlabelled:
+        labels = labels.astype(np.int8)
+        labels[2:][rng.random((n - 2, len(plan.classes))) < plan.unlabelled] = -1
     return {
         "names": np.array([f"image{i:05d}.png" for i in range(n)]),
         "groups": np.array([f"patient{i // 2:05d}" for i in range(n)]),

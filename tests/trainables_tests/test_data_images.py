@@ -64,6 +64,27 @@ class TestDecode:
         assert Image.open(path).mode == "P"
         assert decode(path, 16, "crop", 3)[3, 3].tolist() == [255, 0, 0]
 
+    def test_reversed_palettes_are_looked_up_too(self, tmp_path: Path) -> None:
+        """Index 0 is white, as some exports of radiographs have it; the indices themselves would be a negative."""
+        image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+        image.putpalette([value for level in range(255, -1, -1) for value in (level, level, level)])
+        image.save(tmp_path / "a.png")
+        assert Image.open(tmp_path / "a.png").mode == "P"
+        decoded = decode(tmp_path / "a.png", 16, "crop", 1)[..., 0]
+        assert np.array_equal(decoded, np.arange(255, -1, -1, dtype=np.uint8).reshape(16, 16))
+
+    def test_transparent_palettes_are_laid_over_black(self, tmp_path: Path) -> None:
+        image = Image.fromarray(np.full((16, 16), 9, np.uint8))
+        image.putpalette([200] * 768)
+        image.save(tmp_path / "a.png", transparency=9)
+        assert decode(tmp_path / "a.png", 16, "crop", 1).max() == 0
+
+    def test_pages_are_refused(self, tmp_path: Path) -> None:
+        page = Image.fromarray(np.zeros((16, 16), np.uint8))
+        page.save(tmp_path / "a.tif", save_all=True, append_images=[page])
+        with pytest.raises(ValueError, match="holds several pages; expected a single image"):
+            decode(tmp_path / "a.tif", 16, "crop", 1)
+
     def test_crop_takes_the_centre_and_squash_takes_all(self, tmp_path: Path) -> None:
         pixels = np.zeros((16, 48), np.uint8)
         pixels[:, 16:32] = 200

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trainables.data.chestxray14 import read_table
 from trainables.data.index import DataError
-from trainables.data.splits import SHARES, assert_disjoint, sample_groups, split_groups
+from trainables.data.splits import SHARES, Leak, find_leaks, refuse_leaks, sample_groups, split_groups
 from trainables.settings import DatasetSettings
 
 Data = tuple[np.ndarray, np.ndarray]
@@ -37,7 +37,7 @@ def test_every_image_gets_one_split_and_no_group_two(data: Data, seed: int) -> N
     assert split.shape == groups.shape
     assert set(split.tolist()) <= {0, 1, 2}
     assert all(len(set(split[groups == group].tolist())) == 1 for group in set(groups.tolist()))
-    assert_disjoint(groups, split, "patient")
+    assert find_leaks(groups, split) == []
 
 
 @given(grouped_labels(), st.integers(0, 5), st.randoms(use_true_random=False))
@@ -111,12 +111,14 @@ def test_the_true_nih_table_is_split_evenly_and_quickly(real_data: Path, tmp_pat
         np.testing.assert_allclose(table.labels[rows].mean(0)[common], whole[common], rtol=0.1)
 
 
-def test_a_group_in_two_splits_is_named() -> None:
-    groups = np.array(["7", "8", "7", "9"])
+def test_groups_in_two_splits_are_found_and_named() -> None:
+    groups = np.array(["7", "8", "7", "9", "10", "10", "7"])
+    leaks = find_leaks(groups, np.array([0, 0, 2, 1, 0, 1, 0], np.uint8))
+    assert leaks == [Leak("10", ("train", "val"), 2), Leak("7", ("train", "test"), 3)]
     with pytest.raises(
-        DataError, match=r"1 patient\(s\) have images in two splits, the first is patient 7 in test and"
+        DataError, match=r"2 patient\(s\) .* \(patient 10 in train and val, patient 7 in train and test\)"
     ):
-        assert_disjoint(groups, np.array([0, 0, 2, 1], np.uint8), "patient")
+        refuse_leaks(leaks, "patient")
 
 
 @given(grouped_labels(), st.integers(1, 200))

@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import csv
 import gzip
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from layout_copies import LAYOUTS, copy_with
 
 from trainables.data import chestxray14, ham10000
 from trainables.data.adapter import Table
 from trainables.data.index import DataError
+from trainables.data.registry import read_boxes
 from trainables.settings import DatasetSettings
-
-LAYOUTS = Path(__file__).parent / "layouts"
 
 
 def chest(root: Path, split: str = "grouped") -> Table:
-    return chestxray14.read_table(DatasetSettings(name="chestxray14", root=str(root), split=split))
+    return chestxray14.read_table(DatasetSettings(name="chestxray14", root=str(root), split=split)).usable()
 
 
 def ham(root: Path) -> Table:
-    return ham10000.read_table(DatasetSettings(name="ham10000", root=str(root)))
+    return ham10000.read_table(DatasetSettings(name="ham10000", root=str(root))).usable()
 
 
 def findings(table: Table, row: int) -> set[str]:
     return {chestxray14.CLASSES[column] for column in np.flatnonzero(table.labels[row])}
-
-
-def copy_with(tmp_path: Path, layout: str, file: str, old: str, new: str) -> Path:
-    root = tmp_path / layout
-    shutil.copytree(LAYOUTS / layout, root)
-    text = (root / file).read_text()
-    assert old in text
-    (root / file).write_text(text.replace(old, new, 1))
-    return root
 
 
 def test_chestxray14_reads_the_unquoted_bracketed_header_and_patient_sex() -> None:
@@ -90,6 +80,19 @@ def test_chestxray14_names_the_place_of_what_is_broken(
         chest(root, split="official")
 
 
+def test_every_row_that_cannot_be_used_is_kept_with_its_line_and_reason(tmp_path: Path) -> None:
+    root = copy_with(tmp_path, "chestxray14", "Data_Entry_2017_v2020.csv", "|Emphysema", "|Emphysem")
+    with (root / "Data_Entry_2017_v2020.csv").open("a") as file:
+        file.write("90000004_000.png,Edema,0,P4,1,M,PA,1,1,1,1\n90000003_000.png,Edema,0,5,1,M,PA,1,1,1,1\nshort,row\n")
+    settings = DatasetSettings(name="chestxray14", root=str(root))
+    table = chestxray14.read_table(settings)
+    assert table.names.tolist() == ["90000001_001.png", "90000002_000.png", "90000003_000.png"]
+    assert [refused.place.rpartition(", ")[2] for refused in table.refused] == ["line 2", "line 6", "line 8", "line 7"]
+    assert table.refused[-1].reason == "image 90000003_000.png is listed already in line 5; remove one"
+    with pytest.raises(DataError, match=r"line 2: Finding.* 3 more cannot be used \(.*line 6; .*line 7\): the command"):
+        table.usable()
+
+
 def test_chestxray14_without_a_table_says_which_files_it_looks_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no table in .*: expected Data_Entry_2017_v2020.csv or Data_Entry_2017.csv"):
         chest(tmp_path)
@@ -104,6 +107,13 @@ def test_a_table_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "Data_Entry_2017_v2020.csv").write_bytes(gzip.compress(b"not a table"))
     with pytest.raises(DataError, match="cannot be read as CSV in UTF-8"):
         chest(tmp_path)
+
+
+def test_a_byte_that_is_no_utf_8_is_named_with_its_line(tmp_path: Path) -> None:
+    text = (LAYOUTS / "ham10000" / "HAM10000_metadata.csv").read_text().replace("scalp", "Sch\xe4del", 1)
+    (tmp_path / "HAM10000_metadata.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"HAM10000_metadata.csv, line 2: cannot be read as CSV in UTF-8"):
+        ham(tmp_path)
 
 
 def test_a_table_with_a_header_alone_is_refused(tmp_path: Path) -> None:
@@ -187,3 +197,39 @@ def test_the_readers_agree_with_a_plain_csv_reading(real_data: Path) -> None:
     assert table.names.tolist() == [row["Image Index"] for row in rows]
     for position, row in enumerate(rows):
         assert findings(table, position) == set(row["Finding Labels"].split("|")) - {"No Finding"}
+
+
+def test_the_true_boxes_of_nih_are_inside_of_their_images_and_spell_infiltration(
+    real_data: Path, tmp_path: Path
+) -> None:
+    settings = DatasetSettings(name="chestxray14", root=str(tmp_path))
+    assert read_boxes(settings) is None
+    with gzip.open(real_data / "tables" / "BBox_List_2017.csv.gz") as packed:
+        (tmp_path / "BBox_List_2017.csv").write_bytes(packed.read())
+    boxes = read_boxes(settings)
+    assert boxes is not None
+    assert boxes.refused == ()
+    with (tmp_path / "BBox_List_2017.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert len(boxes) == len(rows) == 984
+    for row, name, label, corners in zip(rows, boxes.names, boxes.labels, boxes.corners, strict=True):
+        x, y, w, h = map(float, row[2:6])
+        assert corners.tolist() == [x, y, x + w, y + h]
+        assert (row[0], row[1].replace("Infiltrate", "Infiltration")) == (name, chestxray14.CLASSES[label])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("a.png,Masse,1,2,3,4", "Finding Label 'Masse'; expected one of Atelectasis"),
+        ("a.png,Mass,1,2,x,4", "box '1, 2, x, 4'; expected x, y, w, h as numbers"),
+        ("a.png,Mass,1000,2,30,4", "box 1000, 2, 1030, 6 reaches out of the image of 1024 × 1024 px"),
+    ],
+)
+def test_a_box_of_nih_that_cannot_be_is_refused_by_its_line(tmp_path: Path, row: str, reason: str) -> None:
+    (tmp_path / "BBox_List_2017.csv").write_text(f"{chestxray14.BOXES_HEADER}\n{row}\n")
+    boxes = read_boxes(DatasetSettings(name="chestxray14", root=str(tmp_path)))
+    assert boxes is not None
+    (refused,) = boxes.refused
+    assert refused.place.endswith("BBox_List_2017.csv, line 2")
+    assert refused.reason.startswith(reason)

@@ -60,3 +60,21 @@ def test_monotone_transforms_of_the_scores_do_not_change_the_auc(seed: int) -> N
     labels = np.array([[0], [1]] * 10, dtype=np.uint8)
     scores = rng.integers(0, 12, (20, 1)).astype(np.float64)
     assert class_aucs(labels, np.exp(scores / 3)).tolist() == class_aucs(labels, scores).tolist()
+
+
+@given(st.integers(0, 10**6))
+def test_an_unlabelled_image_is_left_out_of_its_class_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(np.array([-1, 0, 1], np.int8), (40, 3))
+    scores = rng.random((40, 3)).astype(np.float32)
+    expected = [auc_by_pairs(labels[labels[:, c] >= 0, c], scores[labels[:, c] >= 0, c]) for c in range(3)]
+    assert class_aucs(labels, scores) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    scores[labels == -1] = 1 - scores[labels == -1]
+    assert class_aucs(labels, scores) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_a_class_without_a_labelled_negative_is_undefined() -> None:
+    labels = np.array([[1, 1], [-1, 0], [1, -1]], np.int8)
+    aucs = class_aucs(labels, np.array([[0.1, 0.9], [0.2, 0.1], [0.3, 0.5]], np.float32))
+    assert np.isnan(aucs[0])
+    assert aucs[1] == 1

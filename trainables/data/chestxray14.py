@@ -9,14 +9,16 @@ flat in `images/` or in `images_001/images` … `images_012/images`. Patient ids
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from trainables.data.adapter import Adapter, DatasetInfo, Table
+from trainables.data.boxes import Boxes, box_fault
 from trainables.data.index import SPLITS, DataError
-from trainables.data.tables import find_file, read_rows, refuse_repeats, root_of
+from trainables.data.tables import RowError, find_file, multi_hot, read_rows, root_of, texts
 from trainables.settings import DatasetSettings
 
 CLASSES = (
@@ -44,6 +46,8 @@ HEADER = (
 BOXES_FILE = "BBox_List_2017.csv"
 BOXES_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
 BOX_SPELLING = {"Infiltration": "Infiltrate"}  # class → its name in the list of boxes
+_BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
+ORIGINAL_SIZE = 1024  # px: boxes are of the originals, whatever the size of the copies
 OFFICIAL_LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 
 
@@ -51,23 +55,24 @@ def read_table(settings: DatasetSettings) -> Table:
     """Read the table under `settings.root`, with the official lists if `settings.split` asks for them.
 
     Raises:
-        DataError: no table, a missing column, a broken row (with its line), or lists that do not cover the table.
+        DataError: no table, a missing column, or lists that do not cover the table.
     """
     root = root_of(INFO.name, settings.root)
     path = find_file(INFO.name, root, TABLE_FILES)
     columns = {"image": ["Image Index"], "findings": ["Finding Labels"], "patient": ["Patient ID"]}
-    names, patients, findings, lines = [], [], [], []
     known: dict[str, tuple[str, ...]] = {}
-    for line, (name, text, patient) in read_rows(path, columns):
+
+    def parse(values: list[str]) -> tuple[str, str, tuple[str, ...]]:
+        name, text, patient = values
         if text not in known:
-            known[text] = _parse_findings(path, line, text)
-        names.append(_checked_name(path, line, name))
-        patients.append(_patient(path, line, patient))
-        findings.append(known[text])
-        lines.append(line)
-    refuse_repeats(path, names, lines)
+            known[text] = _parse_findings(text)
+        return _checked_name(name), _patient(patient), known[text]
+
+    read = read_rows(path, columns, parse).without_repeats(lambda row: row[0])
+    names = [name for name, _, _ in read.rows]
     official = _official(root, path, names) if settings.split == "official" else None
-    return to_table(names, patients, findings, official)
+    table = to_table(names, [patient for _, patient, _ in read.rows], [found for _, _, found in read.rows], official)
+    return replace(table, refused=tuple(read.refused))
 
 
 def to_table(
@@ -77,36 +82,31 @@ def to_table(
     official: npt.NDArray[np.uint8] | None = None,
 ) -> Table:
     """Build the table from columns; `findings` holds the names of each image's findings, out of `CLASSES`."""
-    column = {name: position for position, name in enumerate(CLASSES)}
-    labels = np.zeros((len(names), len(CLASSES)), np.uint8)
-    places = [(row, column[finding]) for row, shown in enumerate(findings) for finding in shown]
-    if places:
-        labels[tuple(np.array(places).T)] = 1
-    return Table(np.array(names), np.array(patients), labels, official)
+    return Table(texts(names), texts(patients), multi_hot(findings, CLASSES), official)
 
 
-def _checked_name(path: Path, line: int, name: str) -> str:
+def _checked_name(name: str) -> str:
     if not name:
-        raise DataError(f"{path}, line {line}: no image name; expected one such as 00000001_000.png")
+        raise RowError("no image name; expected one such as 00000001_000.png")
     return name
 
 
-def _patient(path: Path, line: int, text: str) -> str:
+def _patient(text: str) -> str:
     """Patient id without leading zeros: copies differ in the padding of one patient's id."""
     if not (text.isascii() and text.isdigit()):
-        raise DataError(f"{path}, line {line}: Patient ID {text!r}; expected a number")
-    return str(int(text))
+        raise RowError(f"Patient ID {text!r}; expected a number")
+    return text.lstrip("0") or "0"
 
 
-def _parse_findings(path: Path, line: int, text: str) -> tuple[str, ...]:
+def _parse_findings(text: str) -> tuple[str, ...]:
     """Split `A|B`; `No Finding` alone is none."""
     if text == NO_FINDING:
         return ()
     found = tuple(text.split("|"))
     unknown = [finding for finding in found if finding not in CLASSES]
     if unknown:
-        raise DataError(
-            f"{path}, line {line}: Finding Labels {text!r} names {', '.join(map(repr, unknown))}; "
+        raise RowError(
+            f"Finding Labels {text!r} names {', '.join(map(repr, unknown))}; "
             f"expected {NO_FINDING!r} alone or some of {', '.join(CLASSES)}, joined by |"
         )
     return found
@@ -128,6 +128,46 @@ def _official(root: Path, table: Path, names: Sequence[str]) -> npt.NDArray[np.u
             f"the first is {missing[0]}; complete the lists or set dataset.split=grouped"
         )
     return np.array([SPLITS.index(listed[name]) for name in names], np.uint8)
+
+
+def read_boxes(settings: DatasetSettings) -> Boxes | None:
+    """Boxes of `BBox_List_2017.csv`: 984 on 880 images, in pixels of the 1024 px originals; None without the file.
+
+    Raises:
+        DataError: the file lacks a column.
+    """
+    path = root_of(INFO.name, settings.root) / BOXES_FILE
+    if not path.is_file():
+        return None
+    columns = {"image": ["Image Index"], "finding": ["Finding Label"], **{name: [name] for name in _BOX_COLUMNS}}
+    read = read_rows(path, columns, _parse_box)
+    return Boxes(
+        CLASSES,
+        texts([name for name, _, _ in read.rows]),
+        np.array([CLASSES.index(finding) for _, finding, _ in read.rows], np.int64),
+        np.array([corners for _, _, corners in read.rows], np.float64).reshape(-1, 4),
+        np.full(len(read.rows), ""),
+        {},
+        np.ones(len(read.rows)),
+        {name: (ORIGINAL_SIZE, ORIGINAL_SIZE) for name, _, _ in read.rows},
+        tuple(read.refused),
+    )
+
+
+def _parse_box(values: list[str]) -> tuple[str, str, tuple[float, float, float, float]]:
+    name, finding, *numbers = values
+    spelt = {spelling: finding for finding, spelling in BOX_SPELLING.items()}
+    if spelt.get(finding, finding) not in CLASSES:
+        raise RowError(f"Finding Label {finding!r}; expected one of {', '.join(CLASSES)}")
+    try:
+        x, y, width, height = (float(number) for number in numbers)
+    except ValueError:
+        raise RowError(f"box {', '.join(numbers)!r}; expected x, y, w, h as numbers") from None
+    corners = (x, y, x + width, y + height)
+    fault = box_fault(corners, (ORIGINAL_SIZE, ORIGINAL_SIZE))
+    if fault is not None:
+        raise RowError(fault)
+    return _checked_name(name), spelt.get(finding, finding), corners
 
 
 def image_folders(root: Path) -> list[Path]:
@@ -152,4 +192,4 @@ INFO = DatasetInfo(
         "RAD-DINO was pretrained on images of ChestX-ray14: test images may have been seen unlabelled.",
     ),
 )
-ADAPTER = Adapter(INFO, read_table, image_folders)
+ADAPTER = Adapter(INFO, read_table, image_folders, read_boxes=read_boxes)

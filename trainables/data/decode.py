@@ -11,20 +11,35 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from trainables.data.dicom import is_dicom, read_dicom
+from trainables.data.files import DICOM_SUFFIXES
+from trainables.data.index import Claims
+
 Fit = Literal["crop", "squash"]
 
-# What Pillow's decoders raise on files that are damaged, foreign or too large.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What decoders raise on files that are damaged, foreign or too large.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    OverflowError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
 
 
-def decode(path: Path, image_size: int, fit: Fit, channels: int) -> npt.NDArray[np.uint8]:
+def decode(path: Path, image_size: int, fit: Fit, channels: int, claims: Claims | None = None) -> npt.NDArray[np.uint8]:
     """Decode, reduce to 8 bits, resize with antialiasing.
 
     Args:
-        path: PNG, JPEG or anything else Pillow reads.
+        path: PNG, JPEG, DICOM or anything else Pillow reads.
         image_size: S, px.
         fit: 'crop': the centre square of the image, scaled to S; 'squash': the whole image, both sides scaled to S.
         channels: 1: grey (colour is reduced to luminance); 3: RGB (grey is repeated).
+        claims: what a DICOM file must say of itself.
 
     Returns:
         (S, S, channels) uint8.
@@ -32,13 +47,27 @@ def decode(path: Path, image_size: int, fit: Fit, channels: int) -> npt.NDArray[
     Raises:
         one of `UNREADABLE`: the file cannot be decoded.
     """
-    with Image.open(path) as image:
-        plain = _eight_bits(image, "L" if channels == 1 else "RGB")
+    plain = decode_whole(path, channels, claims)
     if plain.size != (image_size, image_size):
         box = _centre_square(*plain.size) if fit == "crop" else None
         # reducing_gap: large images are first halved by whole factors; indistinguishable from a full-size filter at 3.
         plain = plain.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     return np.asarray(plain).reshape(image_size, image_size, channels)
+
+
+def decode_whole(path: Path, channels: int, claims: Claims | None = None) -> Image.Image:
+    """Decode at full size to mode 'L' (one channel) or 'RGB' (three).
+
+    Raises:
+        one of `UNREADABLE`: the file cannot be decoded.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if path.name.lower().endswith(DICOM_SUFFIXES) or is_dicom(path):
+        return read_dicom(path, claims).convert(mode)
+    with Image.open(path) as image:
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            raise ValueError("holds several pages; expected a single image")
+        return _eight_bits(image, mode)
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:

@@ -7,13 +7,12 @@ A newer copy has a column `dataset`; ages may be missing; neither is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.index import DataError
-from trainables.data.tables import find_file, one_hot, read_rows, refuse_repeats, root_of
+from trainables.data.tables import RowError, find_file, one_hot, read_rows, root_of, texts
 from trainables.settings import DatasetSettings
 
 CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
@@ -26,30 +25,30 @@ def read_table(settings: DatasetSettings) -> Table:
     """Read the table under `settings.root`.
 
     Raises:
-        DataError: no table, a missing column, a broken row (with its line), or an official split asked for.
+        DataError: no table, a missing column, or an official split asked for.
     """
     if settings.split == "official":
         raise DataError(f"{INFO.name}: there is no official split; set dataset.split=grouped")
     root = root_of(INFO.name, settings.root)
     path = find_file(INFO.name, root, TABLE_FILES)
     columns = {"image": ["image_id"], "lesion": ["lesion_id"], "dx": ["dx"]}
-    names, lesions, diagnoses, lines = [], [], [], []
-    for line, (name, lesion, dx) in read_rows(path, columns):
-        if not name or not lesion:
-            raise DataError(f"{path}, line {line}: image_id {name!r}, lesion_id {lesion!r}; expected both")
-        if dx not in CLASSES:
-            raise DataError(f"{path}, line {line}: dx {dx!r}; expected one of {', '.join(CLASSES)}")
-        names.append(name)
-        lesions.append(lesion)
-        diagnoses.append(dx)
-        lines.append(line)
-    refuse_repeats(path, names, lines)
-    return to_table(names, lesions, diagnoses)
+    read = read_rows(path, columns, _parse).without_repeats(lambda row: row[0])
+    table = to_table(*([row[k] for row in read.rows] for k in range(3)))
+    return replace(table, refused=tuple(read.refused))
+
+
+def _parse(values: list[str]) -> tuple[str, str, str]:
+    name, lesion, dx = values
+    if not name or not lesion:
+        raise RowError(f"image_id {name!r}, lesion_id {lesion!r}; expected both")
+    if dx not in CLASSES:
+        raise RowError(f"dx {dx!r}; expected one of {', '.join(CLASSES)}")
+    return name, lesion, dx
 
 
 def to_table(names: Sequence[str], lesions: Sequence[str], diagnoses: Sequence[str]) -> Table:
     """Build the table from columns; diagnoses are out of `CLASSES`."""
-    return Table(np.array(names), np.array(lesions), one_hot(diagnoses, CLASSES))
+    return Table(texts(names), texts(lesions), one_hot(diagnoses, CLASSES))
 
 
 def image_folders(root: Path) -> list[Path]:

@@ -20,9 +20,11 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
+from PIL import UnidentifiedImageError
 
+from trainables.cache_files import claim_blocks
 from trainables.data.decode import UNREADABLE, Fit, decode
-from trainables.data.index import DataError, Index
+from trainables.data.index import Claims, DataError, Index
 from trainables.data.registry import locate
 
 _log = logging.getLogger(__name__)
@@ -111,13 +113,14 @@ class _Store:
     folder: Path
     shape: tuple[int, int, int, int]
     fit: Fit
+    claims: Claims | None
 
     @classmethod
     def of(cls, index: Index, image_size: int, fit: Fit, folder: Path) -> _Store:
         h = hashlib.sha256(f"{image_size} {fit} {index.channels} {len(index)}\0".encode())
         h.update("\0".join(index.names.tolist()).encode())
         name = f"{index.dataset}-{image_size}-{fit}-{h.hexdigest()[:16]}"
-        return cls(folder / name, (len(index), image_size, image_size, index.channels), fit)
+        return cls(folder / name, (len(index), image_size, image_size, index.channels), fit, index.claims)
 
     def exists(self) -> bool:
         """Whether a cache lies there, its pixel file of the right size."""
@@ -142,7 +145,8 @@ class _Store:
         """A new, writable pixel file.
 
         Raises:
-            DataError: the disk is too full; writing to the map would otherwise end the process by a signal.
+            DataError: the disk is too full for them.
+            OSError: it has become so meanwhile.
         """
         free = shutil.disk_usage(self.folder).free
         if free < self._bytes():
@@ -151,7 +155,9 @@ class _Store:
                 "room, choose another --storage, or a smaller dataset.image_size"
             )
         path = self.folder / f"pixels-{uuid4().hex}.u8"
-        return path, np.memmap(path, np.uint8, "w+", shape=self.shape)
+        pixels = np.memmap(path, np.uint8, "w+", shape=self.shape)
+        claim_blocks(path)
+        return path, pixels
 
     def save(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
         """Commit a written pixel file, then remove what no state names any more."""
@@ -199,7 +205,11 @@ def _complete(store: _Store, stored: _Stored | None, paths: Sequence[Path], stam
             )
         pixels[:] = stored.pixels
         hashes[:] = stored.stated
-    _decode_into(pixels, hashes, paths, todo, store.fit, workers)
+    try:
+        _decode_into(pixels, hashes, paths, todo, store, workers)
+    except DataError:
+        path.unlink()  # with holes in it, it is of no use to anybody
+        raise
     pixels.flush()  # type: ignore[attr-defined]
     store.save(path, stamps, hashes)
     read_only = np.memmap(path, np.uint8, "r", shape=store.shape)
@@ -211,7 +221,7 @@ def _decode_into(
     hashes: Hashes,
     paths: Sequence[Path],
     todo: npt.NDArray[np.intp],
-    fit: Fit,
+    store: _Store,
     workers: int,
 ) -> None:
     """Decode the images `todo` into their places; Pillow decodes outside of the interpreter's lock, so threads do.
@@ -223,20 +233,30 @@ def _decode_into(
 
     def decode_one(position: int) -> str | None:
         try:
-            image = decode(paths[position], size, fit, channels)
+            image = decode(paths[position], size, store.fit, channels, store.claims)
+        except DataError:
+            raise  # of no single image: a library is missing
         except UNREADABLE as error:
-            return f"{paths[position]} ({type(error).__name__}: {error})"
+            return f"{paths[position]} ({_reason(error)})"
         pixels[position] = image
         hashes[position] = _hash(image)
         return None
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
         failures = [failure for failure in pool.map(decode_one, todo.tolist()) if failure is not None]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C what is left of a large data set must not be decoded first
     if failures:
         raise DataError(
             f"{len(failures)} of {len(todo)} images cannot be read: {'; '.join(failures[:3])}"
             f"{'; …' if len(failures) > 3 else ''}. Replace the files, or remove their rows from the table"
         )
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be decoded; Pillow repeats its path."""
+    return "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
 
 
 def _opened(stored: _Stored, decoded: int) -> ImageCache:

@@ -6,25 +6,46 @@ A new data set is one file with an `ADAPTER` and one line in `_ADAPTERS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data import chestxray14, ham10000, phantom
+from trainables.data import (
+    any_table,
+    chestxray14,
+    chexpert,
+    coco_folder,
+    ham10000,
+    jsrt,
+    phantom,
+    tbx11k,
+    vindr_cxr,
+    yolo_folder,
+)
 from trainables.data.adapter import Adapter, DatasetInfo, Table
-from trainables.data.files import locate_files
+from trainables.data.boxes import Boxes
+from trainables.data.files import find_files, locate_files
 from trainables.data.index import SPLITS, DataError, Index
+from trainables.data.masks import Masks
 from trainables.data.split_file import keep_split, split_file
-from trainables.data.splits import assert_disjoint, sample_groups, split_groups
+from trainables.data.splits import Leak, find_leaks, refuse_leaks, sample_groups, split_groups
 from trainables.data.tables import root_of
-from trainables.settings import DatasetSettings
+from trainables.settings import READING, DatasetSettings
 
 _ADAPTERS: dict[str, Adapter] = {
     adapter.info.name: adapter
     for adapter in (
         chestxray14.ADAPTER,
+        chexpert.ADAPTER,
         ham10000.ADAPTER,
+        vindr_cxr.ADAPTER,
+        tbx11k.ADAPTER,
+        jsrt.ADAPTER,
+        any_table.ADAPTER,
+        coco_folder.ADAPTER,
+        yolo_folder.ADAPTER,
         phantom.CHEST,
         phantom.DERM,
     )
@@ -33,6 +54,7 @@ _ADAPTERS: dict[str, Adapter] = {
 DATASETS: dict[str, DatasetInfo] = {name: adapter.info for name, adapter in _ADAPTERS.items()}
 
 _VAL_OF_OFFICIAL_TRAIN = 1 / 9  # 80:10, as in our own split
+_SHOWN = 30  # classes whose counts an error shows
 
 
 def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> Index:
@@ -48,23 +70,50 @@ def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> 
         DataError: unknown data set or class, unusable table, a kept split that does not fit the table, a group in two
             splits, or a class that cannot be learnt or measured in some split.
     """
+    table = read_table(settings).usable()
+    index = split_table(table, settings, splits_folder)
+    refuse_leaks(leaks_of(table, index), index.group_kind)
+    problem = unmeasurable(index, given_test=table.official is not None)
+    if problem is not None:
+        raise DataError(problem)
+    return index
+
+
+def read_table(settings: DatasetSettings) -> Table:
+    """The data set's table, sampled if `dataset.images` asks for it; rows that cannot be used are in its `refused`.
+
+    Raises:
+        DataError: unknown data set, settings that it does not read, or a table that cannot be used at all.
+    """
     adapter = _adapter(settings.name)
     info = adapter.info
-    _refuse_unknown_classes(info, settings.drop_classes)
+    _refuse_foreign_options(adapter, settings)
     if settings.split == "official" and info.synthetic:
         raise DataError(f"{info.name}: there is no official split; set dataset.split=grouped")
+    if info.classes:
+        _refuse_unknown_classes(info, settings.drop_classes)
     table = adapter.read_table(settings)
     if settings.images is not None and not info.synthetic:
         table = table.take(sample_groups(table.groups, settings.images, settings.split_seed))
+    return table
+
+
+def split_table(table: Table, settings: DatasetSettings, splits_folder: Path | None = None) -> Index:
+    """The index of a table: split, and without the dropped classes. Groups may leak; nothing is said of classes.
+
+    Raises:
+        DataError: no rows, an unknown class to drop, or a kept split that does not fit the table.
+    """
+    info = table.info or _adapter(settings.name).info
+    _refuse_unknown_classes(info, settings.drop_classes)
+    if len(table) == 0:
+        raise DataError(f"{info.name}: no image is left in its table; check dataset.root and the settings")
     if splits_folder is None:
         split = _split(table, settings)
     else:
         path = split_file(settings, splits_folder)
         split = keep_split(path, settings, table, lambda: _split(table, settings))
-    assert_disjoint(table.groups, split, info.group_kind)
-    index = _index(info, table, split, settings.drop_classes)
-    _refuse_unmeasurable(index)
-    return index
+    return _index(info, table, split, settings.drop_classes)
 
 
 def prepare(settings: DatasetSettings, index: Index, folder: Path) -> Path:
@@ -75,15 +124,23 @@ def prepare(settings: DatasetSettings, index: Index, folder: Path) -> Path:
     Raises:
         DataError: real data without a root, or with images missing.
     """
-    adapter = _adapter(settings.name)
-    if adapter.draw is not None:
-        from trainables.data.drawing import drawn_root
-
-        root = drawn_root(settings, adapter.draw, folder)
-    else:
-        root = root_of(settings.name, settings.root)
+    root = place(settings, folder)
     locate(index, root)
     return root
+
+
+def place(settings: DatasetSettings, folder: Path) -> Path:
+    """The data set's root; a phantom is drawn under `folder` first, once.
+
+    Raises:
+        DataError: real data without a root.
+    """
+    adapter = _adapter(settings.name)
+    if adapter.draw is None:
+        return root_of(settings.name, settings.root)
+    from trainables.data.drawing import drawn_root
+
+    return drawn_root(settings, adapter.draw, folder)
 
 
 def locate(index: Index, root: Path) -> list[Path]:
@@ -95,10 +152,48 @@ def locate(index: Index, root: Path) -> list[Path]:
     return locate_files(index, root, _adapter(index.dataset).image_folders(root))
 
 
+def find(index: Index, root: Path) -> list[Path | None]:
+    """As `locate`, with None for each image that is missing."""
+    return find_files(index, root, _adapter(index.dataset).image_folders(root))
+
+
+def read_boxes(settings: DatasetSettings) -> Boxes | None:
+    """The data set's boxes, in pixels of the original images; None where it, or this copy, has none.
+
+    Raises:
+        DataError: a table or file of boxes that cannot be used at all.
+    """
+    reader = _adapter(settings.name).read_boxes
+    return None if reader is None else reader(settings)
+
+
+def read_masks(settings: DatasetSettings) -> Masks | None:
+    """The data set's masks, decoded when they are asked for; None where it has none.
+
+    Raises:
+        DataError: a table or folder of masks that cannot be used.
+    """
+    reader = _adapter(settings.name).read_masks
+    return None if reader is None else reader(settings)
+
+
 def _adapter(name: str) -> Adapter:
     if name not in _ADAPTERS:
         raise DataError(f"dataset.name: unknown data set {name!r}; known are {', '.join(_ADAPTERS)}")
     return _ADAPTERS[name]
+
+
+def _refuse_foreign_options(adapter: Adapter, settings: DatasetSettings) -> None:
+    """A setting that the data set does not read would be without effect, and nobody would notice."""
+    fields = type(settings).model_fields
+    given = [key for key in fields if key in READING and getattr(settings, key) != fields[key].default]
+    problems = []
+    for key in given:
+        if key not in adapter.options:
+            readers = " and ".join(a.info.name for a in _ADAPTERS.values() if key in a.options)
+            problems.append(f"dataset.{key}: {adapter.info.name} does not read it; it is a setting of {readers}")
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _refuse_unknown_classes(info: DatasetInfo, dropped: Sequence[str]) -> None:
@@ -115,12 +210,16 @@ def _refuse_unknown_classes(info: DatasetInfo, dropped: Sequence[str]) -> None:
 
 
 def _split(table: Table, settings: DatasetSettings) -> npt.NDArray[np.uint8]:
+    strata = table.labels if table.strata is None else table.strata
     if table.official is None:
-        return split_groups(table.groups, table.labels, settings.split_seed)
+        return split_groups(table.groups, strata, settings.split_seed)
     split = table.official.copy()
+    if (split == SPLITS.index("val")).any():
+        return split
     rest = np.flatnonzero(split == SPLITS.index("train"))
-    shares = (1 - _VAL_OF_OFFICIAL_TRAIN, _VAL_OF_OFFICIAL_TRAIN)
-    split[rest] = split_groups(table.groups[rest], table.labels[rest], settings.split_seed, shares)
+    if len(rest):
+        shares = (1 - _VAL_OF_OFFICIAL_TRAIN, _VAL_OF_OFFICIAL_TRAIN)
+        split[rest] = split_groups(table.groups[rest], strata[rest], settings.split_seed, shares)
     return split
 
 
@@ -128,7 +227,7 @@ def _index(info: DatasetInfo, table: Table, split: npt.NDArray[np.uint8], drop: 
     kept = [column for column, name in enumerate(info.classes) if name not in drop]
     labels = np.ascontiguousarray(table.labels[:, kept])
     rows = np.flatnonzero(labels.any(1)) if info.single_label else np.arange(len(table))
-    return Index(
+    index = Index(
         dataset=info.name,
         classes=tuple(info.classes[column] for column in kept),
         names=table.names[rows],
@@ -141,22 +240,50 @@ def _index(info: DatasetInfo, table: Table, split: npt.NDArray[np.uint8], drop: 
         synthetic=info.synthetic,
         dropped=tuple(name for name in info.classes if name in drop),
         notes=info.notes,
+        claims=info.claims,
     )
+    absent = _undefined_in_test(index) if table.official is not None else []
+    if not absent:
+        return index
+    note = f"Not measurable in the given test split, and left out of the macro: {', '.join(absent)}."
+    return replace(index, notes=(*index.notes, note))
 
 
-def _refuse_unmeasurable(index: Index) -> None:
-    """Every class needs a positive and a negative in each split: to be learnt, chosen by, and measured."""
-    sizes = np.array([len(index.rows(split)) for split in SPLITS])
-    positives = np.stack([index.labels[index.rows(split)].sum(0, dtype=np.int64) for split in SPLITS])
-    bad = np.flatnonzero(((positives == 0) | (positives == sizes[:, None])).any(0)).tolist()
+def _undefined_in_test(index: Index) -> list[str]:
+    positives, negatives = index.class_counts("test")
+    return [index.classes[c] for c in np.flatnonzero((positives == 0) | (negatives == 0))]
+
+
+def leaks_of(table: Table, index: Index) -> list[Leak]:
+    """Groups in two splits; a given split is looked at as it was given, before val is held out of its train part."""
+    if table.official is None:
+        return find_leaks(index.groups, index.split)
+    return find_leaks(table.groups, table.official)
+
+
+def unmeasurable(index: Index, *, given_test: bool) -> str | None:
+    """Why the index cannot be learnt from or measured on, with the remedy; None if it can.
+
+    Every class needs a positive and a negative in each split: to be learnt, chosen by, and measured. A test split that
+    others gave may lack some (CheXpert's has no fracture): they are left out of the macro by name, if any is left.
+    """
+    counts = {split: index.class_counts(split) for split in SPLITS}
+    lacking = {split: (positives == 0) | (negatives == 0) for split, (positives, negatives) in counts.items()}
+    if given_test and not lacking["test"].all():
+        lacking["test"] = np.zeros_like(lacking["test"])
+    bad = np.flatnonzero(np.any(list(lacking.values()), axis=0)).tolist()
     if not bad:
-        return
-    counts = "; ".join(
-        f"{index.classes[c]} {', '.join(f'{split} {positives[s, c]}' for s, split in enumerate(SPLITS))}" for c in bad
+        return None
+    shown = "; ".join(
+        f"{index.classes[c]} {', '.join(f'{split} {counts[split][0][c]}' for split in SPLITS)}" for c in bad[:_SHOWN]
     )
-    images = ", ".join(f"{split} {size}" for split, size in zip(SPLITS, sizes, strict=True))
+    more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    images = ", ".join(f"{split} {len(index.rows(split))}" for split in SPLITS)
     names = ",".join(index.classes[c] for c in bad)
-    raise DataError(
+    remedy = f"Leave them out with dataset.drop_classes=[{names}], or take more images"
+    if len(bad) == len(index.classes):
+        remedy = "No class is left: take more images, or another split"
+    return (
         f"{index.dataset}: {len(bad)} class(es) without a positive or without a negative in some split. Positives: "
-        f"{counts}; images: {images}. Leave them out with dataset.drop_classes=[{names}], or take more images"
+        f"{shown}{more}; images: {images}. {remedy}"
     )

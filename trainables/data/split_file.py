@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from trainables.settings import DatasetSettings
 
 Split = npt.NDArray[np.uint8]
 
+# What decides, besides the data set, which rows a table has, or how they are grouped and split.
+_ROWS = ("views", "only_tb", "table", "image_column", "group_column", "split_column")
+
 
 def split_file(settings: DatasetSettings, folder: Path) -> Path:
     """Where the split of these settings is kept; settings that do not influence the split are not in the name."""
@@ -31,6 +35,12 @@ def split_file(settings: DatasetSettings, folder: Path) -> Path:
         parts.append(f"hospital{settings.hospital}")
     if settings.images is not None:
         parts.append(f"images{settings.images}")
+    given = {name: getattr(settings, name) for name in _ROWS if getattr(settings, name)}
+    if given.get("views") == "all":
+        del given["views"]
+    if given:
+        told = json.dumps(given, sort_keys=True)
+        parts.append("rows" + hashlib.sha256(told.encode()).hexdigest()[:8])
     return folder / ("-".join(parts) + ".csv")
 
 
@@ -38,11 +48,13 @@ def keep_split(path: Path, settings: DatasetSettings, table: Table, make: Callab
     """Return the split kept at `path`; make and write it if there is none.
 
     Raises:
-        DataError: the file is damaged, or holds other images or groups than the table.
+        DataError: the file is damaged, holds other images or groups than the table, or contradicts a given split.
     """
     if not path.exists():
         _write(path, settings, table, make())
-    return _read(path, table)
+    split = _read(path, table)
+    _refuse_contradiction(path, table, split)
+    return split
 
 
 def _write(path: Path, settings: DatasetSettings, table: Table, split: Split) -> None:
@@ -55,7 +67,10 @@ def _write(path: Path, settings: DatasetSettings, table: Table, split: Split) ->
     head = f"# digest={_digest(body)} seed={settings.split_seed} dataset={settings.name} split={settings.split}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(head + body, encoding="utf-8", newline="")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(head + body)
+        file.flush()
+        os.fsync(file.fileno())  # a power cut must not leave an empty file, which would be refused as damaged
     partial.replace(path)
 
 
@@ -83,6 +98,23 @@ def _refuse_other_rows(path: Path, rows: list[list[str]], table: Table) -> None:
     raise DataError(
         f"{path}: the split was made for another table: {len(gone)} of its images are gone or changed group, "
         f"{len(new)} are new ({example}); restore the table, choose another storage, or delete the file to split anew"
+    )
+
+
+def _refuse_contradiction(path: Path, table: Table, split: Split) -> None:
+    """A split that others gave may have changed since; what was held out of its train part as val is ours."""
+    if table.official is None:
+        return
+    train, val = SPLITS.index("train"), SPLITS.index("val")
+    ours = (table.official == train) & (split == val) & (table.official != val).all()
+    other = np.flatnonzero((split != table.official) & ~ours)
+    if len(other) == 0:
+        return
+    row = int(other[0])
+    raise DataError(
+        f"{path}: the data set now says {SPLITS[table.official[row]]} of {table.names[row]}, the split kept here "
+        f"{SPLITS[split[row]]} ({len(other)} images differ); restore the data set's split, or delete the file to take "
+        "the new one"
     )
 
 

@@ -15,12 +15,13 @@ import numpy.typing as npt
 from trainables.data.index import SPLITS, DataError
 
 SHARES = (0.8, 0.1, 0.1)  # of train, val, test
+_NAMED = 5  # groups that an error names
 
 Counts = npt.NDArray[np.int64]
 
 
 def split_groups(
-    groups: npt.NDArray[np.str_], labels: npt.NDArray[np.uint8], seed: int, shares: Sequence[float] = SHARES
+    groups: npt.NDArray[np.str_], labels: npt.NDArray[np.int8], seed: int, shares: Sequence[float] = SHARES
 ) -> npt.NDArray[np.uint8]:
     """Assign every group to a split.
 
@@ -30,7 +31,7 @@ def split_groups(
 
     Args:
         groups: (N,) group of each image.
-        labels: (N, C), 1 where the class is present.
+        labels: (N, C), 1 where the class is present; other values count as absent.
         seed: of the order in which equally good choices are made.
         shares: (S,) parts of the whole, in the order of the splits; they sum to 1.
 
@@ -40,7 +41,7 @@ def split_groups(
     _, member = np.unique(groups, return_inverse=True)
     sizes = np.bincount(member).astype(np.int64)
     positives = np.zeros((len(sizes), labels.shape[1]), np.int64)
-    np.add.at(positives, member, labels)
+    np.add.at(positives, member, labels == 1)
     order = np.random.default_rng(seed).permutation(len(sizes))
     stratifier = _Stratifier(positives[order], sizes[order], np.asarray(shares, np.float64))
     assigned = np.empty(len(sizes), np.uint8)
@@ -62,17 +63,36 @@ def sample_groups(groups: npt.NDArray[np.str_], images: int, seed: int) -> npt.N
     return np.flatnonzero(np.isin(member, taken))
 
 
-def assert_disjoint(groups: npt.NDArray[np.str_], split: npt.NDArray[np.uint8], group_kind: str) -> None:
-    """Raise DataError if a group has images in two splits, naming how many and the first."""
-    _, first, member = np.unique(groups, return_index=True, return_inverse=True)
-    astray = np.flatnonzero(split != split[first][member])
-    if len(astray) == 0:
+@dataclass(frozen=True)
+class Leak:
+    """A group with images in several splits: the splits' names, and the number of its images."""
+
+    group: str
+    splits: tuple[str, ...]
+    images: int
+
+
+def find_leaks(groups: npt.NDArray[np.str_], split: npt.NDArray[np.uint8]) -> list[Leak]:
+    """Groups that span splits, in alphabetical order."""
+    names, first, member = np.unique(groups, return_index=True, return_inverse=True)
+    torn = np.unique(member[split != split[first][member]])
+    return [
+        Leak(
+            str(names[group]), tuple(SPLITS[s] for s in np.unique(split[member == group])), int((member == group).sum())
+        )
+        for group in torn
+    ]
+
+
+def refuse_leaks(leaks: Sequence[Leak], group_kind: str) -> None:
+    """Raise DataError if there is any, naming how many and the first ones."""
+    if not leaks:
         return
-    row = int(astray[0])
-    both = sorted({SPLITS[split[row]], SPLITS[split[first][member][row]]})
+    named = ", ".join(f"{group_kind} {leak.group} in {' and '.join(leak.splits)}" for leak in leaks[:_NAMED])
+    more = ", …" if len(leaks) > _NAMED else ""
     raise DataError(
-        f"{len(set(member[astray].tolist()))} {group_kind}(s) have images in two splits, the first is "
-        f"{group_kind} {groups[row]} in {' and '.join(both)}: the split leaks; assign each {group_kind} to one split"
+        f"{len(leaks)} {group_kind}(s) have images in two splits ({named}{more}): the split leaks; assign each "
+        f"{group_kind} to one split"
     )
 
 

@@ -1,0 +1,119 @@
+"""JSRT with SCR's expert masks, as folders: `images/NAME.png` and `masks/STRUCTURE/NAME.png` (above 127: inside).
+
+Any data set in this layout is read. The image label of JSRT is in its names: JPCLN… has a nodule, JPCNN… has none; a
+name of another form is unlabelled. Every image is of another patient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
+from trainables.data.index import UNLABELLED, DataError
+from trainables.data.masks import Mask, Masks
+from trainables.data.tables import root_of, texts
+from trainables.settings import DatasetSettings
+
+CLASSES = ("Nodule",)
+_LABELS = {"JPCLN": 1, "JPCNN": 0}
+_SUFFIX = ".png"
+
+
+def read_table(settings: DatasetSettings) -> Table:
+    """A row an image of `images/`; images without a mask of every structure are refused.
+
+    Raises:
+        DataError: no folder of images or masks, or an official split asked for.
+    """
+    if settings.split == "official":
+        raise DataError(f"{INFO.name}: there is no official split; set dataset.split=grouped")
+    root = root_of(INFO.name, settings.root)
+    names = _names(root / "images")
+    refused = []
+    complete = set(names)
+    for structure in structures(root):
+        lacking = sorted(set(names) - set(_names(root / "masks" / structure)))
+        refused += [Refused(f"{root / 'images' / name}{_SUFFIX}", f"no mask of {structure}") for name in lacking]
+        complete -= set(lacking)
+    kept = [name for name in names if name in complete]
+    labels = np.array([[_LABELS.get(name[:5].upper(), UNLABELLED)] for name in kept], np.int8).reshape(-1, 1)
+    return Table(texts(kept), texts(kept), labels, refused=tuple(refused))
+
+
+def structures(root: Path) -> tuple[str, ...]:
+    """Names of the folders in `masks/`, in alphabetical order.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = root / "masks"
+    found = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
+    if not found:
+        raise DataError(f"{INFO.name}: no folder masks/STRUCTURE in {root}; expected images/NAME.png beside them")
+    return found
+
+
+def read_masks(settings: DatasetSettings) -> Masks:
+    """Masks of every structure.
+
+    Raises:
+        DataError: as `read_table`.
+    """
+    root = root_of(INFO.name, settings.root)
+    found = structures(root)
+    return Masks(found, tuple(read_table(settings).names.tolist()), _Reader(root / "masks", found).read, {})
+
+
+@dataclass(frozen=True)
+class _Reader:
+    folder: Path
+    structures: tuple[str, ...]
+
+    def read(self, name: str) -> Mask:
+        """(S, H, W) masks of an image.
+
+        Raises:
+            DataError: a mask cannot be read, or the masks differ in size.
+        """
+        masks = [self._one(self.folder / structure / f"{name}{_SUFFIX}") for structure in self.structures]
+        if len({mask.shape for mask in masks}) != 1:
+            raise DataError(f"{self.folder}: masks of {name} differ in size; make them those of the image")
+        return np.stack(masks)
+
+    def _one(self, path: Path) -> Mask:
+        from PIL import Image  # a plan reads tables, and needs no images
+
+        try:
+            with Image.open(path) as image:
+                inside: Mask = np.asarray(image.convert("L")) > 127
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as a mask: {error}") from error
+        return inside
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DataError(f"{INFO.name}: {folder} is not a folder; expected images/NAME.png and masks/STRUCTURE/NAME.png")
+    return sorted(path.stem for path in folder.iterdir() if path.suffix.lower() == _SUFFIX)
+
+
+def image_folders(root: Path) -> list[Path]:
+    """`images`."""
+    return [folder for folder in (root / "images",) if folder.is_dir()]
+
+
+INFO = DatasetInfo(
+    name="jsrt",
+    title="JSRT with masks of lungs, heart and clavicles",
+    classes=CLASSES,
+    group_kind="patient",
+    single_label=False,
+    channels=1,
+    synthetic=False,
+    licence="research only",
+    notes=("The label is the presence of a nodule, by the image's name; masks are drawn by experts (SCR).",),
+)
+ADAPTER = Adapter(INFO, read_table, image_folders, read_masks=read_masks)

@@ -1,0 +1,150 @@
+"""Masks of structures, read one image at a time, and CheXmask's run-length encoding.
+
+A data set's masks are found when a task asks for them (`registry.read_masks`), and decoded when an image is asked for:
+18,000 images of three structures would be hundreds of gigabytes.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from trainables.data.index import DataError
+
+Mask = npt.NDArray[np.bool_]
+
+CHEXMASK_STRUCTURES = ("Left Lung", "Right Lung", "Heart")
+CHEXMASK_QUALITY = 0.7  # Dice RCA (Mean) from which its authors trust a mask
+_COLUMNS = ("image_id", "Dice RCA (Mean)", *CHEXMASK_STRUCTURES, "Height", "Width")
+_LARGEST_FIELD = 2**24  # characters of one run-length encoding; the csv module allows 2^17 by itself
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """The masks of a data set.
+
+    Attributes:
+        structures: names, in the order of the masks' first axis.
+        names: images that have masks, as the table names them.
+        read: image name → (S, H, W) bool, at the size of the mask's file.
+        left_out: image → why its masks are not used.
+    """
+
+    structures: tuple[str, ...]
+    names: tuple[str, ...]
+    read: Callable[[str], Mask]
+    left_out: Mapping[str, str]
+
+
+def run_lengths(text: str, height: int, width: int) -> Mask:
+    """(H, W) mask of `start length start length …`, starts counted from 1, row by row.
+
+    Raises:
+        ValueError: an odd number of values, a value that is no number, or a run that leaves the image.
+    """
+    values = np.array(text.split(), dtype=np.int64)
+    if values.size % 2:
+        raise ValueError(f"{values.size} numbers; expected pairs of start and length")
+    starts, lengths = values[::2] - 1, values[1::2]
+    if values.size and (starts.min() < 0 or lengths.min() < 1 or (starts + lengths).max() > height * width):
+        raise ValueError(f"a run leaves the image of {height} × {width} pixels")
+    # +1 where a run begins and −1 behind its end: the running sum is above 0 inside of runs.
+    steps = np.zeros(height * width + 1, np.int32)
+    np.add.at(steps, starts, 1)
+    np.add.at(steps, starts + lengths, -1)
+    inside: Mask = steps[:-1].cumsum().reshape(height, width) > 0
+    return inside
+
+
+def read_chexmask(path: Path, quality: float = CHEXMASK_QUALITY) -> Masks:
+    """CheXmask's table for one data set: masks that a model drew, with its own estimate of their quality.
+
+    The file is gone through once for names, quality and the place of each row; the masks are decoded on demand.
+
+    Args:
+        path: such as `OriginalResolution/VinDr-CXR.csv`.
+        quality: smallest `Dice RCA (Mean)` of a mask that is used.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or has a row that cannot be used (with its line).
+    """
+    previous = csv.field_size_limit(_LARGEST_FIELD)
+    try:
+        places, left_out, columns = _survey(path, quality)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV in UTF-8: {error}") from error
+    finally:
+        csv.field_size_limit(previous)
+    return Masks(CHEXMASK_STRUCTURES, tuple(places), _ChexmaskReader(path, places, columns).read, left_out)
+
+
+def _survey(path: Path, quality: float) -> tuple[dict[str, tuple[int, int]], dict[str, str], dict[str, int]]:
+    """Image → (line, offset of its row in bytes), what is left out, and the columns' positions."""
+    places: dict[str, tuple[int, int]] = {}
+    left_out: dict[str, str] = {}
+    with path.open("rb") as file:
+        header = next(csv.reader([file.readline().decode("utf-8-sig")]), [])
+        columns = {name: position for position, name in enumerate(header)}
+        absent = [name for name in _COLUMNS if name not in columns]
+        if absent:
+            raise DataError(
+                f"{path}: no column {', '.join(map(repr, absent))}; its header is {', '.join(header)[:300]}"
+            )
+        line, offset = 2, file.tell()
+        while raw := file.readline():
+            fields = next(csv.reader([raw.decode()]), [])
+            if fields:
+                image, told = _of_row(path, line, fields, columns)
+                if image in places or image in left_out:
+                    raise DataError(f"{path}, line {line}: image {image} is listed already; remove one")
+                if told >= quality:
+                    places[image] = line, offset
+                else:
+                    left_out[image] = f"Dice RCA (Mean) is {told:.2f}, below {quality:.2f}"
+            line, offset = line + 1, file.tell()
+    return places, left_out, columns
+
+
+def _of_row(path: Path, line: int, fields: list[str], columns: Mapping[str, int]) -> tuple[str, float]:
+    try:
+        image, told = fields[columns["image_id"]], float(fields[columns["Dice RCA (Mean)"]])
+    except (IndexError, ValueError) as error:
+        raise DataError(f"{path}, line {line}: {error}; expected {len(columns)} fields, quality a number") from error
+    if not image:
+        raise DataError(f"{path}, line {line}: no image_id")
+    return image, told
+
+
+@dataclass(frozen=True)
+class _ChexmaskReader:
+    path: Path
+    places: Mapping[str, tuple[int, int]]
+    columns: Mapping[str, int]
+
+    def read(self, name: str) -> Mask:
+        """(3, H, W) masks of an image.
+
+        Raises:
+            DataError: no mask of that name, or one that cannot be decoded (with its line).
+        """
+        if name not in self.places:
+            raise DataError(f"{self.path}: no masks of image {name} of the quality asked for")
+        line, offset = self.places[name]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            raw = file.readline().decode()
+        previous = csv.field_size_limit(_LARGEST_FIELD)
+        try:
+            fields = next(csv.reader([raw]))
+            height, width = (int(float(fields[self.columns[side]])) for side in ("Height", "Width"))
+            masks = [run_lengths(fields[self.columns[s]], height, width) for s in CHEXMASK_STRUCTURES]
+        except (IndexError, ValueError, csv.Error) as error:
+            raise DataError(f"{self.path}, line {line}: masks of image {name}: {error}") from error
+        finally:
+            csv.field_size_limit(previous)
+        return np.stack(masks)
