@@ -1,7 +1,8 @@
 """Read a study back from the ledger (MLflow). The only file of the analysis that imports mlflow.
 
-`load` finds the study's current runs in one paged search and their histories in bulk. `connect` and `find_runs` serve
-the ledger's writer as well, so that both sides refuse the same bad addresses in the same words.
+`load` reads a local ledger from its tables (`analysis.ledger_tables`), without mlflow; of a server it finds the
+study's current runs in one paged search and their histories in bulk. `connect` and `find_runs` serve the ledger's
+writer as well, so that both sides refuse the same bad addresses in the same words.
 """
 
 from __future__ import annotations
@@ -9,22 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import numpy as np
 import pandas as pd
 
 from analysis import schema
+from analysis.ledger_tables import LedgerRun, Values, open_tables
+from analysis.record_frames import Place, cells_frame, declared, history_frame, status_of
 from analysis.schema import StudyHeader
 from analysis.tracking import (
-    LOCK_PATIENCE_S,
     SQLITE,
     LedgerError,
     check_database,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PROBE_TIMEOUT_S = 4  # for connecting and again for the answer: an unreachable server is told within 8 s
-MISSING = "MISSING"  # status of a declared cell without a run
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,22 @@ def load(tracking_uri: str, study: str) -> StudyRecords:
     Raises:
         LedgerError: no such ledger or study, or one that another version wrote.
     """
-    client = connect(tracking_uri)
-    experiment_id, header = _find_study(client, tracking_uri, study)
-    runs = find_runs(client, experiment_id, f"tags.`{schema.TAG_CURRENT}` = 'true'")
-    cells = _cells_by_place(header, [run for run in runs if run.data.tags.get(schema.TAG_KIND) == "cell"])
-    row_runs = [run for run in runs if run.data.tags.get(schema.TAG_KIND) == "row"]
+    with _reading(tracking_uri) as ledger:
+        experiment_id, header = _find_study(ledger, tracking_uri, study)
+        runs = ledger.current_runs(experiment_id)
+        cells = _cells_by_place(header, [run for run in runs if run.tags.get(schema.TAG_KIND) == "cell"])
+        history = ledger.history([run.run_id for run in cells.values()])
+    row_runs = [run for run in runs if run.tags.get(schema.TAG_KIND) == "row"]
     return StudyRecords(
         header=header,
         rows=tuple(_row(name, index, row_runs) for index, name in enumerate(header.rows)),
-        cells=_cells_frame(header, cells),
-        history=_history_frame(tracking_uri, experiment_id, cells),
+        cells=cells_frame(header, cells),
+        history=history_frame(cells, history),
         predictions=Predictions(
             {
-                run.info.run_id: run.info.artifact_uri
+                run.run_id: run.artifact_uri
                 for run in cells.values()
-                if _status(run) == "FINISHED" and run.data.tags.get(schema.TAG_PREDICTIONS)
+                if status_of(run) == "FINISHED" and run.tags.get(schema.TAG_PREDICTIONS)
             },
             tracking_uri,
         ),
@@ -225,198 +227,133 @@ def find_runs(client: MlflowClient, experiment_id: str, condition: str = "") -> 
             return runs
 
 
-# ------------------------------------------------------------------------------------------------ runs → records
+# ------------------------------------------------------------------------------------------------ sources
 
 
-def _find_study(client: MlflowClient, tracking_uri: str, study: str) -> tuple[str, StudyHeader]:
-    experiment = client.get_experiment_by_name(study)
-    try:
-        if experiment is not None and experiment.lifecycle_stage == "active":
-            header = schema.header_from_tags(experiment.tags)
-            if header is not None:
-                return experiment.experiment_id, header
-    except ValueError as error:
-        raise LedgerError(
-            f"the header of study {study!r} in {tracking_uri} is unreadable ({first_line(error)}): it was written by "
-            "another version; run the study again to write it anew (finished cells are not trained again)"
-        ) from error
-    known = sorted(e.name for e in client.search_experiments() if schema.TAG_HEADER in e.tags)
-    raise LedgerError(f"no study {study!r} in {tracking_uri}; it holds {', '.join(known) or 'none'}")
+class _Source(Protocol):
+    """Where a study is read from; see `LedgerTables` for what each call gives."""
+
+    def experiment(self, name: str) -> tuple[str, dict[str, str]] | None: ...
+
+    def studies(self) -> list[str]: ...
+
+    def current_runs(self, experiment_id: str) -> list[LedgerRun]: ...
+
+    def history(self, run_ids: Iterable[str]) -> dict[str, Values]: ...
 
 
-def _row(name: str, index: int, runs: Iterable[Run]) -> RowRecord:
-    own = [run for run in runs if run.data.tags.get(schema.TAG_ROW) == name]
-    tags = own[0].data.tags if own else {}
-    return RowRecord(
-        name=name,
-        index=index,
-        marks=json.loads(tags.get(schema.TAG_MARKS, "{}")),
-        changes=json.loads(tags.get(schema.TAG_CHANGES, "{}")),
-        run_ids={run.data.tags[schema.TAG_DATASET]: run.info.run_id for run in own},
-    )
-
-
-Place = tuple[str, str, int]  # data set, row, seed
-
-
-def _cells_by_place(header: StudyHeader, runs: Iterable[Run]) -> dict[Place, Run]:
-    """The declared cells that have a run, in table order."""
-    cells: dict[Place, Run] = {}
-    for run in runs:
-        tags = run.data.tags
-        place = (tags[schema.TAG_DATASET], tags[schema.TAG_ROW], int(tags[schema.TAG_SEED]))
-        if place in cells:
-            raise LedgerError(
-                f"study {header.study!r} has two current runs of row {place[1]!r}, seed {place[2]}, data set "
-                f"{place[0]!r}: {cells[place].info.run_id} and {run.info.run_id}; run the study again to mend it"
-            )
-        cells[place] = run
-    return {place: cells[place] for place in _declared(header) if place in cells}
-
-
-def _declared(header: StudyHeader) -> list[Place]:
-    return [(d, r, s) for d in header.datasets for r in header.rows for s in header.seeds]
-
-
-def _cells_frame(header: StudyHeader, cells: Mapping[Place, Run]) -> pd.DataFrame:
-    places = _declared(header)
-    facts = [_facts(header, place, cells.get(place)) for place in places]
-    frame = pd.DataFrame(facts, dtype=object).astype({"row_index": int, "seed": int, "best_epoch": "Int64"})
-    metrics = pd.DataFrame([_test_metrics(cells.get(place)) for place in places], dtype=float)
-    return pd.concat([frame, metrics], axis=1)
-
-
-def _facts(header: StudyHeader, place: Place, run: Run | None) -> dict[str, Any]:
-    tags: Mapping[str, str] = run.data.tags if run is not None else {}
-    best = tags.get(schema.TAG_BEST_EPOCH)
-    return {
-        "study": header.study,
-        "dataset": place[0],
-        "row": place[1],
-        "row_index": header.rows.index(place[1]),
-        "seed": place[2],
-        "status": MISSING if run is None else _status(run),
-        "error": tags.get(schema.TAG_ERROR) or None,
-        "best_epoch": int(best) if best else None,
-        "mlflow_run_id": None if run is None else run.info.run_id,
-        "weights_sha256": tags.get(schema.TAG_WEIGHTS) or None,
-        "trajectory_sha256": tags.get(schema.TAG_TRAJECTORY) or None,
-        "split_digest": tags.get(schema.TAG_SPLIT) or None,
-        "config_digest": tags.get(schema.TAG_CONFIG) or None,
-        "noop_of": tags.get(schema.TAG_NOOP_OF) or None,
-        "undefined_classes": tuple(json.loads(tags.get(schema.TAG_UNDEFINED) or "[]")),
-    }
-
-
-def _status(run: Run) -> str:
-    return str(run.data.tags[schema.TAG_STATUS])
-
-
-def _test_metrics(run: Run | None) -> dict[str, float]:
-    """Test metrics of a finished cell; a cell that is not finished has none, whatever an earlier attempt left."""
-    if run is None or _status(run) != "FINISHED":
-        return {}
-    values = {schema.metric_name(key): _stored_value(value) for key, value in sorted(run.data.metrics.items())}
-    return {name.removeprefix(schema.TEST): value for name, value in values.items() if name.startswith(schema.TEST)}
-
-
-def _stored_value(value: float) -> float:
-    """A metric's value as it was logged: MLflow's SQL stores hold ±inf as the largest double."""
-    return value * np.inf if abs(value) == sys.float_info.max else value
-
-
-# ------------------------------------------------------------------------------------------------ histories
-
-
-HISTORY = ["dataset", "row", "seed", "epoch", "metric", "value"]
-
-
-def _history_frame(tracking_uri: str, experiment_id: str, cells: Mapping[Place, Run]) -> pd.DataFrame:
-    """Tidy frame of all metrics by epoch; an epoch that was trained twice counts with its last values."""
-    raw = _raw_history(tracking_uri, experiment_id, list(cells.values()))
-    places = {run.info.run_id: place for place, run in cells.items()}
-    raw = raw[raw["run_id"].isin(places) & ~raw["key"].str.startswith((schema.TEST, schema.BEST))]
-    raw = raw.sort_values("timestamp", kind="stable").drop_duplicates(["run_id", "key", "epoch"], keep="last")
-    names = {key: schema.metric_name(key) for key in raw["key"].unique()}
-    tidy = pd.DataFrame(
-        {
-            "dataset": raw["run_id"].map({run_id: place[0] for run_id, place in places.items()}),
-            "row": raw["run_id"].map({run_id: place[1] for run_id, place in places.items()}),
-            "seed": raw["run_id"].map({run_id: place[2] for run_id, place in places.items()}),
-            "epoch": raw["epoch"],
-            "metric": raw["key"].map(names),
-            "value": raw["value"].where(raw["value"].abs() != sys.float_info.max, raw["value"] * np.inf),
-        },
-        columns=HISTORY,
-    )
-    order = {run_id: i for i, run_id in enumerate(places)}
-    ranks = raw.assign(cell=raw["run_id"].map(order)).sort_values(["cell", "key", "epoch"]).index
-    return tidy.loc[ranks].reset_index(drop=True).astype({"seed": int, "epoch": int, "value": float})
-
-
-def _raw_history(tracking_uri: str, experiment_id: str, runs: list[Run]) -> pd.DataFrame:
-    """Columns run_id, key, epoch, value, timestamp (ms)."""
+def _reading(tracking_uri: str) -> AbstractContextManager[_Source]:
     if tracking_uri.startswith(SQLITE):
-        return _history_from_database(tracking_uri, experiment_id)
-    return _history_from_server(tracking_uri, runs)
-
-
-def _history_from_database(tracking_uri: str, experiment_id: str) -> pd.DataFrame:
-    """One query over MLflow's own table model.
-
-    Measured with 1,000 cells × 20 epochs × 20 metrics: 2 s; `SqlAlchemyStore.get_metric_history_bulk` 14 s,
-    `get_metric_history_bulk_interval` 100 s, `MlflowClient.get_metric_history` for each run and metric 125 s.
-    """
-    import sqlalchemy
-    from mlflow.store.tracking.dbmodels.models import SqlMetric, SqlRun
-
-    of_study = sqlalchemy.select(SqlRun.run_uuid).where(SqlRun.experiment_id == int(experiment_id))
-    query = sqlalchemy.select(
-        SqlMetric.run_uuid.label("run_id"),
-        SqlMetric.key,
-        SqlMetric.step.label("epoch"),
-        SqlMetric.value,
-        SqlMetric.timestamp,
-        SqlMetric.is_nan,
-    ).where(SqlMetric.run_uuid.in_(of_study))
-    engine = sqlalchemy.create_engine(tracking_uri, connect_args={"timeout": LOCK_PATIENCE_S})
-    try:
-        frame = pd.read_sql(query, engine)
-    finally:
-        engine.dispose()
-    frame["value"] = frame["value"].mask(frame.pop("is_nan").astype(bool))
-    return frame
+        return open_tables(sqlite_path(tracking_uri))
+    return nullcontext(_Server(tracking_uri))
 
 
 SERVER_RUNS, SERVER_RESULTS = 100, 25_000  # what one request for histories may ask for and answer with
 
 
-def _history_from_server(tracking_uri: str, runs: list[Run]) -> pd.DataFrame:
-    """One request a metric and 100 runs, through the server's bulk endpoint (MLflow's client does not offer it)."""
-    keys = sorted({key for run in runs for key in run.data.metrics if not key.startswith((schema.TEST, schema.BEST))})
-    found: list[dict[str, Any]] = []
-    for key in keys:
-        run_ids = [run.info.run_id for run in runs if key in run.data.metrics]
-        for i in range(0, len(run_ids), SERVER_RUNS):
-            found.extend(_request_history(tracking_uri, key, run_ids[i : i + SERVER_RUNS]))
-    frame = pd.DataFrame(found, columns=["run_id", "key", "step", "value", "timestamp"])
-    return frame.rename(columns={"step": "epoch"}).astype({"key": str, "run_id": str, "value": float})
+class _Server:
+    """A study on an MLflow server."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._uri = tracking_uri
+        self._client = connect(tracking_uri)
+        self._keys: dict[str, list[str]] = {}  # run id → keys of its metrics by epoch
+
+    def experiment(self, name: str) -> tuple[str, dict[str, str]] | None:
+        found = self._client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage != "active":
+            return None
+        return found.experiment_id, dict(found.tags)
+
+    def studies(self) -> list[str]:
+        return [found.name for found in self._client.search_experiments() if schema.TAG_HEADER in found.tags]
+
+    def current_runs(self, experiment_id: str) -> list[LedgerRun]:
+        runs = find_runs(self._client, experiment_id, f"tags.`{schema.TAG_CURRENT}` = 'true'")
+        for run in runs:
+            told = (key for key in run.data.metrics if not key.startswith((schema.TEST, schema.BEST)))
+            self._keys[run.info.run_id] = list(told)
+        return [LedgerRun(r.info.run_id, r.info.artifact_uri, r.data.tags, r.data.metrics) for r in runs]
+
+    def history(self, run_ids: Iterable[str]) -> dict[str, Values]:
+        """One request a metric and 100 runs, through the server's bulk endpoint (MLflow's client does not offer it)."""
+        holders: dict[str, list[str]] = defaultdict(list)
+        found: dict[str, list[dict[str, Any]]] = {run_id: [] for run_id in run_ids}
+        for run_id in found:
+            for key in self._keys[run_id]:
+                holders[key].append(run_id)
+        for key, runs in sorted(holders.items()):
+            for i in range(0, len(runs), SERVER_RUNS):
+                for metric in self._request_history(key, runs[i : i + SERVER_RUNS]):
+                    found[metric["run_id"]].append(metric)
+        return {run_id: _last_values(metrics) for run_id, metrics in found.items()}
+
+    def _request_history(self, key: str, run_ids: list[str]) -> list[dict[str, Any]]:
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request_safe
+
+        answer = http_request_safe(
+            get_default_host_creds(self._uri),
+            "/ajax-api/2.0/mlflow/metrics/get-history-bulk",
+            "GET",
+            params={"run_id": run_ids, "metric_key": key, "max_results": SERVER_RESULTS},
+        )
+        metrics: list[dict[str, Any]] = answer.json()["metrics"]
+        if len(metrics) < SERVER_RESULTS:
+            return metrics
+        if len(run_ids) == 1:
+            raise LedgerError(
+                f"run {run_ids[0]} holds {SERVER_RESULTS} or more values of {key!r}: more than one can read"
+            )
+        half = len(run_ids) // 2  # the answer was cut short
+        return self._request_history(key, run_ids[:half]) + self._request_history(key, run_ids[half:])
 
 
-def _request_history(tracking_uri: str, key: str, run_ids: list[str]) -> list[dict[str, Any]]:
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request_safe
+def _last_values(metrics: list[dict[str, Any]]) -> Values:
+    told = sorted(metrics, key=lambda metric: (metric["key"], int(metric["step"]), int(metric["timestamp"])))
+    return {(metric["key"], int(metric["step"])): float(metric["value"]) for metric in told}
 
-    answer = http_request_safe(
-        get_default_host_creds(tracking_uri),
-        "/ajax-api/2.0/mlflow/metrics/get-history-bulk",
-        "GET",
-        params={"run_id": run_ids, "metric_key": key, "max_results": SERVER_RESULTS},
+
+# ------------------------------------------------------------------------------------------------ runs → records
+
+
+def _find_study(ledger: _Source, tracking_uri: str, study: str) -> tuple[str, StudyHeader]:
+    experiment = ledger.experiment(study)
+    try:
+        if experiment is not None:
+            header = schema.header_from_tags(experiment[1])
+            if header is not None:
+                return experiment[0], header
+    except ValueError as error:
+        raise LedgerError(
+            f"the header of study {study!r} in {tracking_uri} is unreadable ({first_line(error)}): it was written by "
+            "another version; run the study again to write it anew (finished cells are not trained again)"
+        ) from error
+    raise LedgerError(f"no study {study!r} in {tracking_uri}; it holds {', '.join(sorted(ledger.studies())) or 'none'}")
+
+
+def _row(name: str, index: int, runs: Iterable[LedgerRun]) -> RowRecord:
+    own = [run for run in runs if run.tags.get(schema.TAG_ROW) == name]
+    tags = own[0].tags if own else {}
+    return RowRecord(
+        name=name,
+        index=index,
+        marks=json.loads(tags.get(schema.TAG_MARKS, "{}")),
+        changes=json.loads(tags.get(schema.TAG_CHANGES, "{}")),
+        run_ids={run.tags[schema.TAG_DATASET]: run.run_id for run in own},
     )
-    metrics: list[dict[str, Any]] = answer.json()["metrics"]
-    if len(metrics) < SERVER_RESULTS:
-        return metrics
-    if len(run_ids) == 1:
-        raise LedgerError(f"run {run_ids[0]} holds {SERVER_RESULTS} or more values of {key!r}: more than one can read")
-    half = len(run_ids) // 2  # the answer was cut short
-    return _request_history(tracking_uri, key, run_ids[:half]) + _request_history(tracking_uri, key, run_ids[half:])
+
+
+def _cells_by_place(header: StudyHeader, runs: Iterable[LedgerRun]) -> dict[Place, LedgerRun]:
+    """The declared cells that have a run, in table order."""
+    cells: dict[Place, LedgerRun] = {}
+    for run in runs:
+        tags = run.tags
+        place = (tags[schema.TAG_DATASET], tags[schema.TAG_ROW], int(tags[schema.TAG_SEED]))
+        if place in cells:
+            raise LedgerError(
+                f"study {header.study!r} has two current runs of row {place[1]!r}, seed {place[2]}, data set "
+                f"{place[0]!r}: {cells[place].run_id} and {run.run_id}; run the study again to mend it"
+            )
+        cells[place] = run
+    return {place: cells[place] for place in declared(header) if place in cells}

@@ -51,9 +51,8 @@ TAG_HEADER = TAG + "header"  # StudyHeader as JSON, or where its pieces are: see
 TEST = "test/"
 VAL = "val/"
 BEST = "best/"
-PREDICTIONS = (
-    "predictions.npz"  # artifact of a cell: names, groups, labels (N, C) int8 (−1 unlabelled), scores (N, C) float32, classes
-)
+# Artifact of a cell: names, groups, labels (N, C) int8 (−1 unlabelled), scores (N, C) float32, classes.
+PREDICTIONS = "predictions.npz"
 
 CellStatus = Literal["RUNNING", "FINISHED", "FAILED", "PRUNED"]
 

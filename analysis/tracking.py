@@ -27,6 +27,17 @@ class LedgerError(RuntimeError):
     """The ledger cannot be reached, read or written; the message names the place and the remedy."""
 
 
+class LedgerAwayError(LedgerError):
+    """The ledger is locked by another process, or its server is away: the same call may succeed later.
+
+    `reason`: what the store said, one line.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def sqlite_path(tracking_uri: str) -> Path:
     """Absolute path of the file in a sqlite:///FILE address."""
     name = tracking_uri.removeprefix(SQLITE)
@@ -107,9 +118,13 @@ def _move_unless_taken(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Set environment variables for a while: MLflow's HTTP client takes its patience from nowhere else."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    """Set environment variables for a while: MLflow's HTTP client takes its patience from nowhere else.
+
+    Those that have their value already are left alone, also afterwards: changing the environment is not safe while
+    other threads read it, so whoever works in a thread sets them before that starts.
+    """
+    before = {name: os.environ.get(name) for name, value in values.items() if os.environ.get(name) != value}
+    os.environ.update({name: values[name] for name in before})
     try:
         yield
     finally:
@@ -125,7 +140,7 @@ def first_line(error: BaseException) -> str:
     if str(error).startswith("API request to"):
         while error.__cause__ or error.__context__:
             error = error.__cause__ or error.__context__ or error
-    lines = str(error).strip().splitlines() or [""]
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")] or [""]
     return (lines[0] or type(error).__name__)[:300]
 
 
@@ -135,7 +150,8 @@ def patiently(
     """The result of an action that may be repeated, tried again while a lock or an absent server makes it fail.
 
     Raises:
-        LedgerError: one of `errors` that waiting does not mend, or still fails when patience has ended.
+        LedgerAwayError: it still fails when patience has ended.
+        LedgerError: it fails with one of `errors` that waiting does not mend.
     """
     give_up, pause_s = time.monotonic() + patience_s, 0.2
     while True:
@@ -145,9 +161,10 @@ def patiently(
             if not _passing(error):
                 raise LedgerError(f"{what} failed: {first_line(error)}") from error
             if time.monotonic() > give_up:
-                raise LedgerError(
+                raise LedgerAwayError(
                     f"{what} failed for {patience_s:g} s: {first_line(error)}; end the process that locks the "
-                    "database, or start its server, and run the study again: it resumes"
+                    "database, or start its server, and run the study again: it resumes",
+                    first_line(error),
                 ) from error
             log.warning("%s: locked or away (%s); trying again", what, first_line(error))
         time.sleep(pause_s)
@@ -161,5 +178,7 @@ def _passing(error: BaseException) -> bool:
     if isinstance(error, OSError):  # of requests too; but a full disk does not pass
         return isinstance(error, requests.ConnectionError | requests.Timeout)
     text, code = str(error), getattr(error, "error_code", "")
+    if "(sqlite3." in text:  # MLflow calls all of them temporary: a full disk, a missing table, a read-only file
+        return "is locked" in text
     lost = text.startswith("API request to") and ("failed with exception" in text or "timeout exception" in text)
-    return lost or "database is locked" in text or code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+    return lost or code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,11 @@ from typing import Any
 from study.documents import StudyError
 from study.spec import Cell, Execution, Study
 from trainables.backbone_files import CONFIG, Backbone, BackboneError, file_sha256, find_backbone
-from trainables.costs import Costs, vit_costs
+from trainables.costs import IMAGES, Costs, vit_costs
 from trainables.data.index import DataError, Index
 from trainables.data.registry import load_index
 from trainables.requests import Compute, Observer
-from trainables.settings import DatasetSettings, Settings
+from trainables.settings import READING, DatasetSettings, Settings
 from trainables.strategy import Phase, phase, total_epochs
 
 ROOT_KEY = "root"
@@ -43,32 +43,83 @@ class Material:
         return len(self.index.rows("train"))
 
 
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What the cells of a row on a data set have in common, whatever their seed: worked out once for all of them.
+
+    Attributes:
+        phases: what trains in each epoch.
+        tokens: text of the effective configuration of each epoch.
+        observer: how the row looks at its trajectories.
+        ground: digest of what holds for a whole trajectory, apart from the seed.
+        cache_identity: digest of what the encoder's activations depend on.
+    """
+
+    material: Material
+    phases: tuple[Phase, ...]
+    tokens: tuple[str, ...]
+    observer: Observer
+    ground: str
+    cache_identity: str
+    _units: dict[frozenset[int], tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def frozen_positions(self) -> tuple[int, ...]:
+        """For each epoch the last position that its training does not change."""
+        return tuple(self.material.costs.frozen_position(now.unfrozen, now.base) for now in self.phases)
+
+    def units(self, cached: frozenset[int] = frozenset()) -> tuple[int, ...]:
+        """Training units of each epoch where activations are cached at some positions."""
+        if cached not in self._units:
+            costs, images = self.material.costs, self.material.train_images
+            self._units[cached] = tuple(
+                images * costs.training(frozen if frozen in cached else IMAGES, now.unfrozen, now.base)
+                for now, frozen in zip(self.phases, self.frozen_positions, strict=True)
+            )
+        return self._units[cached]
+
+
 @dataclass(frozen=True)
 class Chain:
     """A cell's trajectory.
 
     Attributes:
         keys: key of the state after each epoch.
-        phases: what trains in each epoch.
-        observer: how the cell looks at the trajectory.
-        key: of the cell: its data set, seed, last state and observer.
+        course: what it shares with the row's other seeds.
     """
 
     cell: Cell
     keys: tuple[str, ...]
-    phases: tuple[Phase, ...]
-    observer: Observer
-    material: Material
-    cache_identity: str
+    course: Course
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What trains in each epoch."""
+        return self.course.phases
+
+    @property
+    def observer(self) -> Observer:
+        """How the cell looks at the trajectory."""
+        return self.course.observer
+
+    @property
+    def material(self) -> Material:
+        """Index, encoder and costs."""
+        return self.course.material
+
+    @property
+    def cache_identity(self) -> str:
+        """Digest of what the encoder's activations depend on."""
+        return self.course.cache_identity
 
     @property
     def leaf(self) -> str:
         """Key of the last epoch."""
         return self.keys[-1]
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Deterministic key of the cell's run in the ledger."""
+        """Deterministic key of the cell's run in the ledger: of its data set, seed, last state and observer."""
         return digest("cell", self.cell.row.name, self.cell.dataset, self.cell.seed, self.leaf, self.observer.name)
 
 
@@ -179,34 +230,36 @@ def _backbone(name: str, download: bool) -> Backbone:
 # -- chains ----------------------------------------------------------------------------------------------------------
 
 
-def chain_of(cell: Cell, material: Material, execution: Execution, compute: Compute, sharing: bool) -> Chain:
-    """A cell's chain of keys; without sharing no other cell has any of them."""
-    settings = cell.settings
-    blocks = len(material.costs.blocks)
-    ground = _ground(cell, material, compute)
-    phases, tokens = _epoch_tokens(settings.model_dump_json(), blocks)
-    salt = "" if sharing else f"{cell.row.name}|{cell.dataset}"
-    tolerance = execution.cache_dtype if sharing and execution.cache_dtype != "float32" else ""
-    key = digest(ROOT_KEY, ground, cell.seed, salt, tolerance)
-    keys = []
-    for token in tokens:
-        key = hashlib.sha256(f"{key}|{token}".encode()).hexdigest()
-        keys.append(key)
-    return Chain(
-        cell=cell,
-        keys=tuple(keys),
-        phases=phases,
-        observer=Observer.of(settings.ema, settings.stopping),
+def course_of(settings: Settings, material: Material, compute: Compute) -> Course:
+    """What a row's settings come to on a data set."""
+    phases, tokens = _epoch_tokens(settings.model_dump_json(), len(material.costs.blocks))
+    return Course(
         material=material,
+        phases=phases,
+        tokens=tokens,
+        observer=Observer.of(settings.ema, settings.stopping),
+        ground=_ground(settings, material, compute),
         cache_identity=_cache_identity(settings, material, compute),
     )
 
 
-def _ground(cell: Cell, material: Material, compute: Compute) -> str:
+def chain_of(cell: Cell, course: Course, execution: Execution, sharing: bool) -> Chain:
+    """A cell's chain of keys; without sharing no other cell has any of them."""
+    salt = "" if sharing else f"{cell.row.name}|{cell.dataset}"
+    tolerance = execution.cache_dtype if sharing and execution.cache_dtype != "float32" else ""
+    key = digest(ROOT_KEY, course.ground, cell.seed, salt, tolerance)
+    keys = []
+    for token in course.tokens:
+        key = hashlib.sha256(f"{key}|{token}".encode()).hexdigest()
+        keys.append(key)
+    return Chain(cell, tuple(keys), course)
+
+
+def _ground(settings: Settings, material: Material, compute: Compute) -> str:
     """Digest of what holds for the whole trajectory, apart from the seed."""
-    s = cell.settings
+    s = settings
     return _ground_digest(
-        s.dataset.model_dump_json(exclude={"root"}),
+        s.dataset.model_dump_json(exclude={"root", *READING}),
         s.model.model_dump_json(exclude={"backbone", "mean", "std"}),
         s.optimiser.model_dump_json(include={"batch_size", "weight_decay", "clip_norm"}),
         s.task,

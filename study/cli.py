@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
-from study.documents import StudyError, apply, parse_override
+from study.documents import StudyError, apply
+from study.interrupts import StudyHaltedError
+from study.options import (
+    Overrides,
+    Together,
+    check_cluster,
+    check_new_ledger,
+    check_timeout,
+    ledger_study,
+    read_data_roots,
+    read_overrides,
+    require_free_port,
+    require_ledger,
+    storage_folder,
+    tracking_address,
+)
+from study.running import FAILED, UI_PORT, Launch, print_plan, report_at, run_study
 
-if TYPE_CHECKING:
-    from study.plan import Plan
-    from study.spec import Study
-
-DEFAULT_STORAGE = Path("outputs")
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-UI_PORT = 5000
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class StudyGroup(TyperGroup):
@@ -34,29 +47,41 @@ class StudyGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+class RunCommand(TyperCommand):
+    """The command `run`, which users call by a study's name."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """Show the command as it is typed."""
+        formatter.write_usage("launch.py", "STUDY|FILE [OPTIONS]")
+
+
 app = typer.Typer(
     cls=StudyGroup,
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Ablation and hyperparameter studies of fine-tuning: declared once, trained once, tables to defend.\n\n"
-    "`launch.py STUDY [OPTIONS]` runs a study: a shipped one by name (see `list`) or a YAML file.",
+    "`launch.py STUDY [OPTIONS]` runs a study: a shipped one by name (see `list`) or a YAML file. "
+    "`launch.py STUDY --help` names its options.",
 )
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY|FILE", help="shipped study or YAML file")]
-Overrides = Annotated[
+Overriding = Annotated[
     list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="override any key by dotted path")
 ]
-Storage = Annotated[Path | None, typer.Option(help="folder of results; default: outputs, or outputs/smoke")]
+Storage = Annotated[
+    str | None, typer.Option(metavar="DIR", help="folder of results; default: outputs, or outputs/smoke")
+]
 Tracking = Annotated[str | None, typer.Option(metavar="URI", help="MLflow; default: sqlite file in the storage")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="tracebacks and the output of libraries")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="the smallest honest run of the study")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 
 
-@app.command(hidden=True)
+@app.command(hidden=True, cls=RunCommand)
 def run(
     study: StudyName,
-    override: Overrides = None,
+    override: Overriding = None,
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="training seeds")] = None,
     smoke: Smoke = False,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="data set, see `list`")] = None,
@@ -68,24 +93,39 @@ def run(
     tracking_uri: Tracking = None,
     address: Annotated[str | None, typer.Option(metavar="RAY", help="Ray cluster; default: this machine")] = None,
     executor: Annotated[str, typer.Option(metavar="ray|local", help="local: one trial after another, here")] = "ray",
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="a stage whose set-up or next epoch takes longer has hung: another worker goes on from its last "
+            "epoch, execution.max_failures times; waiting for a slot does not count; default: no limit",
+        ),
+    ] = None,
     no_sharing: Annotated[bool, typer.Option("--no-sharing", help="train every cell alone, without caches")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="say what would run and what it costs; run nothing")] = False,
     as_json: AsJson = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="tracebacks and the output of libraries")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a study, or with --plan say what would run."""
     from study.spec import Choices, find_study, load_study
 
-    if executor not in ("ray", "local"):
-        raise StudyError([f"--executor {executor}: expected ray or local"])
-    overrides = _overrides(override, seeds, backbone)
-    roots = _data_roots(data_root)
-    declared = load_study(find_study(study), Choices(overrides, dataset, roots, smoke))
-    folder = _storage(storage, smoke)
+    said = Together()
+    overrides = said.value(Overrides({}, {}), lambda: read_overrides(override, seeds, backbone))
+    no_roots: dict[str, str] = {}
+    roots = said.value(no_roots, lambda: read_data_roots(data_root))
+    folder = said.value(Path(), lambda: storage_folder(storage, smoke))
+    said.value(None, lambda: check_timeout(timeout))
+    if not plan:
+        said.value(None, lambda: check_cluster(address, executor))
+        said.value(None, lambda: check_new_ledger(tracking_address(tracking_uri, folder)))
+    said.raise_if_any()
+    choices = Choices(overrides.values, dataset, roots, smoke, overrides.typed)
+    declared = load_study(find_study(study), choices)
+    launch = Launch(folder, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
     if plan:
-        _print_plan(_planned(declared, folder, not no_sharing, download=False), folder, as_json)
+        print_plan(declared, launch)
         return
-    _run(declared, folder, tracking_uri, address, executor, not no_sharing, as_json, verbose)
+    raise typer.Exit(run_study(declared, launch))
 
 
 @app.command("list")
@@ -112,62 +152,98 @@ def schema() -> None:
     print(json.dumps(study_schema(), indent=2))
 
 
-@app.command()
+@app.command(short_help="Read a data set as a study would, and count.")
 def check(
     dataset: Annotated[str, typer.Argument(help="data set, see `list`")],
     data_root: Annotated[Path | None, typer.Option(metavar="DIR", help="its folder, as distributed")] = None,
-    override: Overrides = None,
+    override: Overriding = None,
+    tables_only: Annotated[bool, typer.Option("--tables-only", help="read the tables, open no image")] = False,
+    findings: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="list of faults; default: findings-DATASET.csv, here")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read a data set as a study would: images, groups and positives a class in each split."""
-    from study.dataset_check import check_dataset
+    """Read a data set as a study would, and list what would falsify a result (then exit status 1)."""
+    from rich.progress import Progress
+
+    from study.dataset_check import FINDINGS, check_dataset, text_of, write_findings
 
     named: dict[str, Any] = {"name": dataset} | ({"root": str(data_root)} if data_root else {})
-    given = apply({"dataset": named}, _overrides(override, None, None))
-    facts = check_dataset(given["dataset"])
+    given = apply({"dataset": named}, read_overrides(override, None, None).values)
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=tables_only or not errors.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        found = check_dataset(
+            given["dataset"], tables_only=tables_only, seen=lambda total: bar.update(task, total=total, advance=1)
+        )
     if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    Console().print(facts["text"], highlight=False, markup=False)
+        print(json.dumps(found.facts(), indent=2))
+    else:
+        Console().print(text_of(found), highlight=False, markup=False, soft_wrap=True)
+    faults = found.faults()
+    if faults:
+        path = findings or Path(FINDINGS.format(dataset=found.dataset))
+        write_findings(faults, path)
+        errors.print(f"{len(faults):,} faults, listed in {path}", highlight=False, soft_wrap=True)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
-def status(study: StudyName, storage: Storage = None, tracking_uri: Tracking = None, smoke: Smoke = False) -> None:
+def status(
+    study: StudyName,
+    storage: Storage = None,
+    tracking_uri: Tracking = None,
+    smoke: Smoke = False,
+    verbose: Verbose = False,
+) -> None:
     """How far a study has come, from its ledger; works while it runs."""
+    at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from study.status import status_table
 
-    name, folder = _ledger_name(study), _storage(storage, smoke)
-    Console().print(status_table(load(_tracking(tracking_uri, folder), name)))
+    Console().print(status_table(load(at.address, at.study)))
 
 
-@app.command()
-def report(study: StudyName, storage: Storage = None, tracking_uri: Tracking = None, smoke: Smoke = False) -> None:
+@app.command(short_help="Tables, figures and report again, from the ledger.")
+def report(
+    study: StudyName,
+    storage: Storage = None,
+    tracking_uri: Tracking = None,
+    smoke: Smoke = False,
+    verbose: Verbose = False,
+) -> None:
     """Build tables, figures and report.html again, from the ledger alone."""
+    at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from analysis.report import terminal_table, write_report
 
-    name, folder = _ledger_name(study), _storage(storage, smoke)
-    records = load(_tracking(tracking_uri, folder), name)
-    paths = write_report(records, folder / name / "report")
+    records = load(at.address, at.study)
+    with report_at(at.report, f"python study/launch.py report {at.study} --storage {at.folder}") as place:
+        paths = write_report(records, place)
     console = Console()
     console.print(terminal_table(records))
     console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def verify(study: StudyName, storage: Storage = None, tracking_uri: Tracking = None, smoke: Smoke = False) -> None:
+@app.command(short_help="Fail where tables differ from the ledger.")
+def verify(
+    study: StudyName,
+    storage: Storage = None,
+    tracking_uri: Tracking = None,
+    smoke: Smoke = False,
+    verbose: Verbose = False,
+) -> None:
     """Compute the tables again from the ledger and fail where the written ones differ."""
+    at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from analysis.report import verify as drifts_of
 
-    name, folder = _ledger_name(study), _storage(storage, smoke)
-    drifts = drifts_of(load(_tracking(tracking_uri, folder), name), folder / name / "report")
+    drifts = drifts_of(load(at.address, at.study), at.report)
     for drift in drifts:
         print(drift)
     if drifts:
         raise typer.Exit(FAILED)
-    print(f"{name}: the tables are those of the ledger")
+    print(f"{at.study}: the tables are those of the ledger")
 
 
 @app.command()
@@ -178,10 +254,12 @@ def ui(
     port: Annotated[int, typer.Option(help="port on loopback")] = UI_PORT,
 ) -> None:
     """Open the MLflow UI over the ledger, on loopback."""
-    uri = _tracking(tracking_uri, _storage(storage, smoke))
+    uri = tracking_address(tracking_uri, storage_folder(storage, smoke))
+    require_ledger(uri)
     if uri.startswith("http"):
         print(f"the ledger is served at {uri}")
         return
+    require_free_port(port)
     print(f"MLflow UI at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     arguments = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *arguments])
@@ -189,21 +267,33 @@ def ui(
 
 def main() -> None:
     """Run the command line; bad input is one clear message and exit status 2."""
+    atexit.register(gc.freeze)  # or Python looks through all objects of torch and MLflow for cycles: seconds
     try:
-        app(standalone_mode=True)
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except TyperException as error:
+        _refuse([f"{error.format_message()} See `launch.py {_helped(sys.argv[1:])}--help`."])
+    except typer.Abort:
+        raise SystemExit(INTERRUPTED) from None
     except StudyError as error:
         _refuse(error.problems)
-    except ValueError as error:
-        if type(error).__name__ not in ("DataError", "BackboneError"):
-            raise
+    except StudyHaltedError as error:
+        _refuse([str(error)], FAILED)
+    except (ValueError, RuntimeError) as error:
+        if type(error).__name__ not in ("DataError", "BackboneError", "LedgerError"):
+            raise  # a fault of ours: its place must not be lost
         _refuse(str(error).split("\n"))
-    except RuntimeError as error:
-        if type(error).__name__ != "LedgerError":
-            raise
-        _refuse(str(error).split("\n"))
+    finally:
+        gc.freeze()  # or Python looks through all objects of torch and MLflow for cycles before it ends: seconds
+    raise SystemExit(status or 0)
 
 
-def _refuse(problems: Any) -> None:
+def _helped(arguments: list[str]) -> str:
+    """The command whose options were meant."""
+    first = arguments[0] if arguments else "-"
+    return "" if first.startswith("-") else f"{shlex.quote(first)} "
+
+
+def _refuse(problems: Any, status: int = BAD_INPUT) -> None:
     if {"-v", "--verbose"} & set(sys.argv):
         import traceback
 
@@ -212,142 +302,28 @@ def _refuse(problems: Any) -> None:
     for problem in problems:
         console.print("[red]error[/]", end=" ")
         console.print(problem, highlight=False, markup=False, soft_wrap=True)
-    raise SystemExit(BAD_INPUT)
+    raise SystemExit(status)
 
 
-# -- what the options mean -------------------------------------------------------------------------------------------
+# -- reading the ledger ----------------------------------------------------------------------------------------------
 
 
-def _overrides(given: list[str] | None, seeds: str | None, backbone: str | None) -> dict[str, Any]:
-    overrides: dict[str, Any] = {}
-    problems: list[str] = []
-    for text in given or []:
-        try:
-            key, value = parse_override(text)
-            overrides[key] = value
-        except StudyError as error:
-            problems += error.problems
-    if seeds is not None:
-        try:
-            overrides["seeds"] = [int(seed) for seed in seeds.split(",")]
-        except ValueError:
-            problems.append(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2")
-    if backbone is not None:
-        overrides["model.backbone"] = backbone
-    if problems:
-        raise StudyError(problems)
-    return overrides
+class LedgerPlace(NamedTuple):
+    """A study in a ledger, and where its outputs lie."""
+
+    study: str
+    folder: Path
+    address: str
+
+    @property
+    def report(self) -> Path:
+        """Folder of tables and report."""
+        return self.folder / self.study / "report"
 
 
-def _data_roots(given: list[str] | None) -> dict[str, str]:
-    roots = {}
-    for text in given or []:
-        name, equals, folder = text.partition("=")
-        roots[name if equals else ""] = folder if equals else text
-    return roots
-
-
-def _storage(given: Path | None, smoke: bool) -> Path:
-    return given if given is not None else (DEFAULT_STORAGE / "smoke" if smoke else DEFAULT_STORAGE)
-
-
-def _tracking(given: str | None, folder: Path) -> str:
-    return given or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
-
-
-def _ledger_name(study: str) -> str:
-    """The study's name in the ledger: of a file, what it says; a bare name is taken as it is."""
-    if not Path(study).is_file():
-        return study
-    from study.spec import load_study
-
-    return load_study(Path(study)).name
-
-
-# -- running ---------------------------------------------------------------------------------------------------------
-
-
-def _planned(declared: Study, folder: Path, sharing: bool, *, download: bool) -> Plan:
-    from study.plan import make_plan
-
-    return make_plan(declared, storage=folder, sharing=sharing, download=download)
-
-
-def _run(
-    declared: Study,
-    folder: Path,
-    tracking_uri: str | None,
-    address: str | None,
-    executor: str,
-    sharing: bool,
-    as_json: bool,
-    verbose: bool,
-) -> None:
-    planned = _planned(declared, folder, sharing, download=True)
-    console = Console(stderr=as_json)
-    _silence(verbose)
-    from study.driver import RunOptions, run_plan
-
-    command = "python study/launch.py " + shlex.join(sys.argv[1:])
-    options = RunOptions(
-        folder, command, tracking_uri=tracking_uri, address=address, executor=executor, verbose=verbose
-    )
-    try:
-        launched = run_plan(planned, options, console)
-    except KeyboardInterrupt:
-        console.print("\nstopped; nothing that was finished is lost. Run the same command again to go on.")
-        raise SystemExit(INTERRUPTED) from None
-    address = tracking_uri if tracking_uri is not None and tracking_uri.startswith("http") else None
-    _conclude(declared.name, folder, tracking_uri, console, as_json)
-    _say_where(folder, address, launched.ui_path, console)
-    raise SystemExit(0 if launched.complete else FAILED)
-
-
-def _say_where(folder: Path, server: str | None, ui_path: str, console: Console) -> None:
-    if server is not None:
-        console.print(f"MLflow: {server.rstrip('/')}{ui_path}", highlight=False, soft_wrap=True)
-        return
-    command = f"python study/launch.py ui --storage {shlex.quote(str(folder))}"
-    console.print(
-        f"MLflow: {command}\n        then http://127.0.0.1:{UI_PORT}{ui_path}", highlight=False, soft_wrap=True
-    )
-
-
-def _conclude(name: str, folder: Path, tracking_uri: str | None, console: Console, as_json: bool) -> None:
-    from analysis.records import load
-    from analysis.report import terminal_table, write_report
-
-    records = load(_tracking(tracking_uri, folder), name)
-    paths = write_report(records, folder / name / "report")
-    console.print(terminal_table(records))
-    units = records.header.units
-    saved = units.alone / units.shared if units.shared else 1.0
-    console.print(
-        f"training units: {units.executed:,} executed, {units.shared:,} planned, {units.alone:,} alone ({saved:.2f}×)",
-        highlight=False,
-    )
-    console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps({"report": str(paths.html), "units": units.model_dump()}))
-
-
-def _silence(verbose: bool) -> None:
-    """Libraries speak only with -v; our own warnings always."""
-    import logging
-
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    for name in ("mlflow", "alembic", "ray", "transformers", "urllib3", "git"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
-
-
-def _print_plan(planned: Plan, folder: Path, as_json: bool) -> None:
-    from study.schedule import pending_schedule
-
-    pending = pending_schedule(planned, folder).pending_units
-    facts = planned.as_json() | {"pending_units": pending}
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    from study.plan_view import plan_table
-
-    Console().print(plan_table(planned, pending))
+def _ledger_of(study: str, storage: str | None, tracking_uri: str | None, smoke: bool) -> LedgerPlace:
+    """Where a study's ledger is; refused before anything heavy is imported if it is not there."""
+    folder = storage_folder(storage, smoke)
+    address = tracking_address(tracking_uri, folder)
+    require_ledger(address)
+    return LedgerPlace(ledger_study(study), folder, address)

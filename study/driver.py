@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
 from analysis.schema import StudyHeader
+from analysis.tracking import LedgerError
 from study.chains import Chain
+from study.claim import claimed
 from study.declare import (
     MAIN_METRIC,
     cell_headers,
@@ -26,18 +32,22 @@ from study.declare import (
 )
 from study.documents import StudyError
 from study.executors import Executor, LocalExecutor
+from study.interrupts import Halt, StudyHaltedError, answered_signals
 from study.ledger import Ledger
-from study.ledger_entries import CellOutcome
+from study.ledger_entries import CellOutcome, Epoch
+from study.ledger_writer import LedgerWriter
 from study.plan import Cache, Plan
 from study.progress import Progress
-from study.schedule import Node, Schedule
-from study.store import Store
+from study.schedule import Node, Schedule, pending_schedule
+from study.store import NO_ROOM, Store
 from trainables.cache_files import cache_name, record_of, release
 from trainables.data.index import DataError
 from trainables.data.opened import Folders, open_data
 from trainables.results import CellResult, EpochRecord
 
-FLUSH_SECONDS = 5.0  # metrics of running cells reach the ledger at least this often
+log = logging.getLogger(__name__)
+
+SCRATCH_BYTES = 200_000_000  # what Ray's logs and sockets need at the least
 
 
 @dataclass(frozen=True)
@@ -65,43 +75,92 @@ def run_plan(plan: Plan, options: RunOptions, console: Console) -> Launched:
     """Run what is missing and bring the ledger up to date.
 
     Raises:
-        StudyError: the data, storage or cluster cannot be used; nothing was trained.
+        StudyError: the data, storage or cluster cannot be used, or another driver runs the study; nothing was trained.
+        LedgerError: the ledger cannot be used; nothing was trained.
+        StudyHaltedError: storage or ledger failed on the way; nothing that was finished is lost.
+        Interrupted: SIGINT or SIGTERM; nothing that was finished is lost.
     """
     store = Store(options.storage, caches=plan.sharing)
+    halt = Halt()
+    with claimed(store.locks, plan.study.name, options.command), answered_signals():
+        try:
+            return _run(plan, options, store, console, halt)
+        except KeyboardInterrupt:
+            if halt.reason is None:
+                raise
+            raise _halted(halt.reason, store) or StudyHaltedError(str(halt.reason)) from halt.reason
+
+
+def _run(plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt) -> Launched:
+    store.sweep()
+    # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
+    named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
+    if (pending := pending_schedule(plan, store.root)).nodes:
+        _executor(plan, options, store).check(pending, store)  # also before hours of decoding
     contents = prepare_data(plan, store, console)
-    ledger = Ledger(options.tracking_uri or store.default_tracking_uri(), _artifacts(options, store))
-    session = Session(plan, store, ledger, contents, options.command)
+    ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
+    say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    session = Session(plan, store, ledger, contents, options.command, say=say, halt=halt)
     session.open()
-    schedule = session.schedule()
-    if schedule.nodes:
-        executor = _executor(plan, options, store)
-        metric = MAIN_METRIC[plan.study.rows[0].settings[plan.study.datasets[0]].task]
-        with Progress(console, schedule, metric) as progress:
-            session.watch(schedule, progress)
-            try:
-                executor.run(schedule, store, session)
-            finally:
-                ledger.flush()
-    return Launched(*session.close(), ledger.ui_path())
+    try:
+        schedule = session.schedule()
+        if schedule.nodes:
+            metric = MAIN_METRIC[plan.study.rows[0].settings[plan.study.datasets[0]].task]
+            with Progress(console, schedule, metric) as progress:
+                session.watch(schedule, progress)
+                _executor(plan, options, store).run(schedule, store, session)
+        header, complete = session.close()
+    except Exception as error:
+        if (halted := _halted(error, store)) is None:
+            raise
+        raise halted from error
+    finally:
+        session.abandon()
+    return Launched(header, complete, ledger.ui_path())
+
+
+def _halted(reason: Exception, store: Store) -> StudyHaltedError | None:
+    """What to say of a study that storage or ledger stopped: a full storage explains whatever else failed with it."""
+    try:
+        store.require_room()
+    except StudyError as full:
+        return StudyHaltedError(str(full))
+    return StudyHaltedError(str(reason)) if isinstance(reason, LedgerError) else None
 
 
 class Session:
     """One launch of a study: hears what trials do and keeps the ledger in step with the store."""
 
-    def __init__(self, plan: Plan, store: Store, ledger: Ledger, contents: dict[str, str], command: str) -> None:
-        """Keep what a launch needs; `contents`: cache identity → digest of the images' contents."""
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        ledger: Ledger,
+        contents: dict[str, str],
+        command: str,
+        *,
+        say: Callable[[str], None] = log.warning,
+        halt: Halt | None = None,
+    ) -> None:
+        """Keep what a launch needs.
+
+        Args:
+            contents: cache identity → digest of the images' contents.
+            command: what starts this launch again.
+            say: takes a line about the ledger.
+            halt: how the launch is stopped when it cannot go on.
+        """
         self._plan = plan
         self._store = store
-        self._ledger = ledger
+        self._halt = halt or Halt()
+        self._ledger = LedgerWriter(ledger, say, self._halt)
         self._contents = contents
         self._provenance = provenance(plan, command)
         self._results: dict[str, tuple[Chain, CellResult]] = {}
         self._failed: dict[str, tuple[Chain, str]] = {}
-        self._histories: dict[str, int] = {}  # cell key → epochs logged in this launch
         self._cache_users: dict[tuple[str, int], set[str]] = {}
         self._progress: Progress | None = None
         self._schedule: Schedule | None = None
-        self._flushed = time.monotonic()
 
     @property
     def results(self) -> dict[str, CellResult]:
@@ -137,19 +196,18 @@ class Session:
 
     def started(self, node: Node) -> None:
         """A trial was given to a worker."""
+        self._halt.check()
         if self._progress is not None:
             self._progress.started(node)
 
     def epoch(self, node: Node, record: EpochRecord) -> None:
         """An epoch goes into every cell that contains it; a cell whose result is there is finished."""
+        self._halt.check()
         for chain in node.chains:
             if chain.key not in self._results and not self._take_result(chain):
                 self._ledger.log_epochs(chain.key, epochs_of(chain, [record]))
         if self._progress is not None:
             self._progress.epoch(node, record)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._ledger.flush()
-            self._flushed = time.monotonic()
 
     def finished(self, node: Node) -> None:
         """A trial has ended well: its cells may have ended too, and caches may have seen their last use."""
@@ -162,11 +220,13 @@ class Session:
 
     def retried(self, node: Node, reason: str) -> None:
         """A trial's worker died; it is started again from its last saved epoch."""
+        self._require_room()
         if self._progress is not None:
             self._progress.retried(node, reason)
 
     def failed(self, node: Node, error: str) -> None:
-        """A trial cannot be finished: its cells fail with it."""
+        """A trial cannot be finished: its cells fail with it, unless it is the storage that fails all of them."""
+        self._require_room()
         for chain in node.chains:
             if chain.key not in self._results and not self._take_result(chain):
                 self._failed[chain.key] = (chain, error)
@@ -188,6 +248,10 @@ class Session:
         self._ledger.close(header)
         return header, len(results) == len(self._plan.chains)
 
+    def abandon(self) -> None:
+        """Let go of the ledger within seconds; after `close` there is nothing left to do."""
+        self._ledger.abandon()
+
     # -- small parts --------------------------------------------------------------------------------------------------
 
     def _has_result(self, chain: Chain) -> bool:
@@ -199,10 +263,19 @@ class Session:
         if result is None:
             return False
         self._results[chain.key] = (chain, result)
-        if self._ledger.status_of(chain.key) != "FINISHED":
-            self._ledger.log_epochs(chain.key, epochs_of(chain, result.history))
-            self._ledger.finish(chain.key, finished_outcome(chain, result, self._store, None))
+
+        def told() -> tuple[Sequence[Epoch], CellOutcome]:
+            return epochs_of(chain, result.history), finished_outcome(chain, result, self._store, None)
+
+        self._ledger.record(chain.key, told)
         return True
+
+    def _require_room(self) -> None:
+        """Stop the study where the storage can take no state: every further trial would fail for the same reason."""
+        try:
+            self._store.require_room()
+        except StudyError as full:
+            self._halt(full)
 
     def _release_caches(self) -> None:
         """Delete token caches that no waiting or running trial reads any more."""
@@ -244,6 +317,11 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
             except (DataError, StudyError) as error:
                 problems += str(error).split("\n")
                 opened[at] = ""
+            except OSError as error:
+                where = error.filename or store.root
+                remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
+                problems.append(f"preparing {settings.name}: {where}: {error.strerror}; {remedy}")
+                opened[at] = ""
         contents[chain.cache_identity] = opened[at]
     if problems:
         raise StudyError(problems)
@@ -252,15 +330,36 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
 
 def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
     if options.executor == "local":
-        return LocalExecutor(plan.study.execution.max_failures)
+        return LocalExecutor(plan.study.execution.max_failures, options.timeout)
+    if options.address is None:
+        _check_scratch()
     from study.ray_environment import prepare_environment
 
     prepare_environment(store.root, local=options.address is None)
     from study.ray_executor import RayExecutor
 
-    return RayExecutor(plan.study.execution, plan.compute, address=options.address, verbose=options.verbose)
+    return RayExecutor(
+        plan.study.execution,
+        plan.compute,
+        address=options.address,
+        verbose=options.verbose,
+        timeout=options.timeout,
+    )
+
+
+def _check_scratch() -> None:
+    """Ray's processes end without a word where they cannot write their logs and sockets."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < SCRATCH_BYTES:
+        raise StudyError(
+            [
+                f"{folder}: {free / 1e6:.0f} MB are free, and Ray's logs and sockets on this machine need "
+                f"{SCRATCH_BYTES / 1e6:.0f} MB; make room, or name another folder with a short path by TMPDIR"
+            ]
+        )
 
 
 def _artifacts(options: RunOptions, store: Store) -> Path | None:
-    local = options.tracking_uri is None or options.tracking_uri.startswith("sqlite:")
+    local = options.tracking_uri is not None and options.tracking_uri.startswith("sqlite:")
     return store.artifacts() if local else None

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from study import worker_faults
 from study.schedule import Node, Schedule
+from study.watchdog import HungError, time_limit
+from study.worker_faults import Fault
 
 if TYPE_CHECKING:
     from study.store import Store
@@ -31,7 +36,7 @@ class Listener(Protocol):
         """A trial has ended well; its results are in the store."""
 
     def retried(self, node: Node, reason: str) -> None:
-        """A trial's worker died; it is started again from its last saved epoch."""
+        """A trial lost its worker; it is started again from its last saved epoch."""
 
     def failed(self, node: Node, error: str) -> None:
         """A trial cannot be finished."""
@@ -40,50 +45,97 @@ class Listener(Protocol):
 class Executor(Protocol):
     """Runs every trial of a schedule, each after its parent."""
 
+    def check(self, schedule: Schedule, store: Store) -> None:
+        """Find out before anything expensive whether trials can run at all.
+
+        Raises:
+            StudyError: with everything that is in the way.
+        """
+
     def run(self, schedule: Schedule, store: Store, listener: Listener) -> None:
         """Return when the schedule is finished; a failed trial takes its descendants with it and nothing else."""
+
+
+class Attempts:
+    """What becomes of trials that stopped: started again a bounded number of times, else failed. Both are said."""
+
+    def __init__(self, schedule: Schedule, listener: Listener, max_failures: int) -> None:
+        """Start a trial again up to `max_failures` times."""
+        self._schedule = schedule
+        self._listener = listener
+        self._max_failures = max_failures
+        self._lost: Counter[Node] = Counter()
+
+    def stopped(self, node: Node, fault: Fault) -> None:
+        """A trial has stopped before its end."""
+        if not fault.again:
+            self._fail(node, fault.reason)
+            return
+        self._lost[node] += 1
+        if self._lost[node] <= self._max_failures:
+            self._schedule.again(node)
+            self._listener.retried(node, fault.reason)
+        else:
+            times = f" (given up after {self._lost[node]} attempts)" if self._lost[node] > 1 else ""
+            self._fail(node, fault.reason + times)
+
+    def _fail(self, node: Node, reason: str) -> None:
+        self._schedule.failed(node, reason)
+        self._listener.failed(node, reason)
 
 
 class LocalExecutor:
     """One trial after another in this process: for debugging, and as the reference that Ray must equal."""
 
-    def __init__(self, max_failures: int = 0) -> None:
-        """Start a trial again up to `max_failures` times after an error that is not the training's own."""
+    def __init__(self, max_failures: int = 0, timeout: float | None = None) -> None:
+        """Start a trial again up to `max_failures` times after an error that is not the training's own.
+
+        Args:
+            timeout: seconds that a step of a trial may take, its set-up or an epoch; None: any time.
+        """
         self._max_failures = max_failures
+        self._timeout = timeout
+
+    def check(self, schedule: Schedule, store: Store) -> None:
+        """See `Executor`: this process can do what it can do."""
 
     def run(self, schedule: Schedule, store: Store, listener: Listener) -> None:
         """See `Executor`."""
-        from trainables.results import TrainingError
-
+        attempts = Attempts(schedule, listener, self._max_failures)
         worker = Worker(store)
-        failures: dict[Node, int] = {}
         while (node := schedule.next()) is not None:
             listener.started(node)
+            worker.take(node.request)
+            fault = self._train(node, worker, listener)
+            if fault is None:
+                schedule.done(node)
+                listener.finished(node)
+            else:
+                if fault.again:
+                    worker = Worker(store)  # the old one was left in the middle of something
+                attempts.stopped(node, fault)
+
+    def _train(self, node: Node, worker: Worker, listener: Listener) -> Fault | None:
+        from trainables.results import TrainingError
+
+        while not worker.done:
             try:
-                trial = worker.begin(node.request)
-                while not trial.done:
-                    listener.epoch(node, trial.step())
+                with time_limit(self._timeout):
+                    record = worker.step()
             except TrainingError as error:
-                schedule.failed(node, str(error))
-                listener.failed(node, str(error))
-                continue
+                return Fault(str(error), again=False)
+            except HungError as error:
+                return worker_faults.hung(node, worker.doing, self._timeout, str(error))
             except Exception as error:
-                failures[node] = failures.get(node, 0) + 1
                 log.info("%s: %s", node.name, traceback.format_exc())
-                message = f"{type(error).__name__}: {error}"
-                if failures[node] <= self._max_failures:
-                    schedule.again(node)
-                    listener.retried(node, message)
-                    continue
-                schedule.failed(node, message)
-                listener.failed(node, message)
-                continue
-            schedule.done(node)
-            listener.finished(node)
+                return Fault(f"{type(error).__name__}: {error}", again=True)
+            if record is not None:
+                listener.epoch(node, record)
+        return None
 
 
 class Worker:
-    """What a worker process keeps between trials: the store and the open data set."""
+    """What a worker process does and keeps: the store, the open data set, and one trial at a time, step by step."""
 
     def __init__(self, store: Store) -> None:
         from trainables.data.opened import Folders
@@ -91,11 +143,61 @@ class Worker:
 
         self._store = store
         self._bench = Workbench(Folders(store.phantoms, store.images, store.splits))
+        self._request: TrialRequest | None = None
+        self._trial: Trial | None = None
 
-    def begin(self, request: TrialRequest) -> Trial:
-        """A trial at the deepest state that the store holds."""
+    def take(self, request: TrialRequest) -> None:
+        """Go over to another trial; its set-up is its first step."""
+        self._request, self._trial = request, None
+
+    @property
+    def done(self) -> bool:
+        """Whether the trial has nothing left to train."""
+        return self._trial is not None and self._trial.done
+
+    @property
+    def doing(self) -> str:
+        """What the next step is, or the one that runs."""
+        return "set-up" if self._trial is None else f"epoch {self._trial.epoch + 1}"
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return 0 if self._trial is None else self._trial.epoch
+
+    def step(self) -> EpochRecord | None:
+        """Set the trial up, at the deepest state that the store holds, or train its next epoch.
+
+        Raises:
+            TrainingError: what another try would meet again: data, encoder, settings, memory.
+        """
+        from trainables.backbone_files import BackboneError
+        from trainables.data.index import DataError
+        from trainables.device import memory_left, memory_refused, release_memory
+        from trainables.results import TrainingError
+
+        assert self._request is not None, "a worker takes a trial before it works"
+        try:
+            if self._trial is not None:
+                return self._trial.step()
+            self._trial = self._begin(self._request)
+            return None
+        except (BackboneError, DataError) as error:
+            raise TrainingError(str(error)) from error
+        except (MemoryError, RuntimeError, OSError) as error:
+            if isinstance(error, TrainingError) or not memory_refused(error):
+                raise
+            refused = f"out of memory in {self.doing}: {worker_faults.lighter(self._request)}"
+            refused += f"; {memory_left(self._request.compute)} ({_first_line(error)})"
+        self._trial = None
+        release_memory()  # not before here: while it was handled, the error held the frames that hold the batch
+        raise TrainingError(refused)
+
+    def _begin(self, request: TrialRequest) -> Trial:
+        from trainables.device import release_memory
         from trainables.trial import Trial
 
+        release_memory()  # of the trial before
         task, provenance = self._bench.task(request.settings)
         return Trial(request, task, self._store, provenance)
 
@@ -105,3 +207,18 @@ def worker_at(root: Path, *, caches: bool) -> Worker:
     from study.store import Store
 
     return Worker(Store(root, caches=caches))
+
+
+def placed(request: TrialRequest) -> TrialRequest:
+    """The request with folders as this process means them, for processes whose working folder is another one."""
+    settings = request.settings
+    data, model = settings.dataset, settings.model
+    if data.root is not None:
+        data = data.model_copy(update={"root": str(Path(data.root).absolute())})
+    if Path(model.backbone).is_dir():
+        model = model.model_copy(update={"backbone": str(Path(model.backbone).absolute())})
+    return replace(request, settings=settings.model_copy(update={"dataset": data, "model": model}))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -18,7 +18,8 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,11 +103,11 @@ class _Record:
 class Ledger:
     """Writer of one study's runs: `open`, then `log_epochs` and `finish` for the cells, then `close`.
 
-    Every call may be repeated. A locked database or a server that is away is waited for, `PATIENCE_S` a call; then a
-    `LedgerError` is raised and nothing that was buffered is lost.
+    Every call may be repeated. A locked database or a server that is away is waited for, `PATIENCE_S` a call; then
+    `LedgerAwayError` is raised and nothing that was buffered is lost.
     """
 
-    PATIENCE_S = LOCK_PATIENCE_S
+    PATIENCE_S: float = LOCK_PATIENCE_S
 
     def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
         """Connect, and create the database of a local store that has none.
@@ -291,12 +292,14 @@ class Ledger:
             return
         if self.status_of(cell_key) in ("FINISHED", "PRUNED"):
             raise LedgerError(f"cell {cell_key} is finished: log its epochs before that")
+        metrics = [metric for e in epochs for metric in _metrics(e.metrics, e.time_ms, e.epoch)]
         self._start(cell_key, epochs[0].time_ms)
         buffer = self._buffer.setdefault(cell_key, [])
-        for epoch in epochs:
-            buffer.extend(_metrics(epoch.metrics, epoch.time_ms, epoch.epoch))
-        if len(buffer) >= METRICS_A_BATCH:
-            self._flush_cell(cell_key)
+        if len(buffer) + len(metrics) < METRICS_A_BATCH:
+            buffer.extend(metrics)
+            return
+        self._flush_cell(cell_key)
+        self._log_metrics(cell_key, metrics)  # not by the buffer, which would hold them twice if the call is repeated
 
     def flush(self) -> None:
         """Write all buffered epochs."""
@@ -361,11 +364,14 @@ class Ledger:
     def _flush_cell(self, cell_key: str) -> None:
         buffer = self._buffer.get(cell_key, [])
         while buffer:
-            batch = buffer[:METRICS_A_BATCH]
-            self._log_batch(cell_key, metrics=batch)
-            self._records[cell_key].metrics |= {metric.key: metric.value for metric in batch}
+            self._log_metrics(cell_key, buffer[:METRICS_A_BATCH])
             del buffer[:METRICS_A_BATCH]
         self._buffer.pop(cell_key, None)
+
+    def _log_metrics(self, cell_key: str, metrics: Sequence[Metric]) -> None:
+        for part in _parts(metrics, METRICS_A_BATCH):
+            self._log_batch(cell_key, metrics=part)
+            self._records[cell_key].metrics |= {metric.key: metric.value for metric in part}
 
     def _write_artifacts(self, cell_key: str, outcome: CellOutcome) -> None:
         run_id = self._records[cell_key].run_id
@@ -375,9 +381,8 @@ class Ledger:
         for name, text in texts.items():
             self._persist(f"writing {name}", self._client.log_text, run_id, text, name)
         if outcome.predictions is not None:
-            with tempfile.TemporaryDirectory() as folder:  # the artifact takes the file's name
-                copy = shutil.copyfile(outcome.predictions, Path(folder, schema.PREDICTIONS))
-                self._persist("writing predictions", self._client.log_artifact, run_id, str(copy))
+            with _named(outcome.predictions, schema.PREDICTIONS) as path:
+                self._persist("writing predictions", self._client.log_artifact, run_id, str(path))
 
     # -------------------------------------------------------------------------------------------- runs
 
@@ -506,6 +511,16 @@ def _create_database(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     SqlAlchemyStore(f"{SQLITE}{path}", str(path.parent / "artifacts")).engine.dispose()
+
+
+@contextmanager
+def _named(path: Path, name: str) -> Iterator[Path]:
+    """The file under the name that its artifact shall have; a copy where it has another."""
+    if path.name == name:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copyfile(path, Path(folder, name)))
 
 
 def _metrics(values: Mapping[str, float], time_ms: int, step: int) -> list[Metric]:

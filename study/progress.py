@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from trainables.results import EpochRecord
 
 
+PLAIN_SECONDS = 30.0  # without a terminal: between two lines on trials that are running
+
+
 class Progress:
     """Trials done, running and failed, the epoch and metric of each running one, and the time left."""
 
@@ -29,11 +32,15 @@ class Progress:
         self._started = time.monotonic()
         self._done_units = 0.0
         self._epochs: dict[Node, int] = {}
+        self._spoke = self._started
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Progress:
+        waiting = len(self._schedule.nodes) - self._schedule.count("done", "skipped")
         if self._console.is_terminal:
             self._live.start()
+        else:
+            self._plain(f"{waiting} trials to run; starting workers")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -52,7 +59,9 @@ class Progress:
             self._done_units += node.units / length
             self._epochs[node] = self._epochs.get(node, 0) + 1
         for event in record.events:
-            self._console.print(f"note {node.name}: {event}", style="yellow", highlight=False, markup=False)
+            self._say(f"note {node.name}: {event}", "yellow")
+        if not self._console.is_terminal and time.monotonic() - self._spoke >= PLAIN_SECONDS:
+            self._plain(f"{self._summary()} · {self._line(node, record).strip()}")
 
     def finished(self, node: Node) -> None:
         """A trial has ended well; epochs that early stopping left out need no time."""
@@ -62,18 +71,29 @@ class Progress:
 
     def retried(self, node: Node, reason: str) -> None:
         """A trial's worker died; it is started again."""
-        self._console.print(f"again {node.name}: {reason}", style="yellow", highlight=False, markup=False)
+        self._say(f"again {node.name}: {reason}", "yellow")
         self._running.pop(node, None)
 
     def failed(self, node: Node, error: str) -> None:
         """A trial cannot be finished."""
-        self._console.print(f"failed {node.name}: {error}", style="red", highlight=False, markup=False)
+        self._say(f"failed {node.name}: {error}", "red")
         self._close(node)
 
     def _close(self, node: Node) -> None:
         self._running.pop(node, None)
         if not self._console.is_terminal:
-            self._console.print(f"{self._counts()}  {node.name}", highlight=False, markup=False, soft_wrap=True)
+            self._plain(f"{self._summary()} · ended: {_short(node)}")
+
+    def _say(self, text: str, style: str) -> None:
+        self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    def _plain(self, text: str) -> None:
+        """A line of a log, which is not broken."""
+        self._spoke = time.monotonic()
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _summary(self) -> str:
+        return f"{self._counts()} · {_clock(time.monotonic() - self._started)} · {self._left()}"
 
     def _counts(self) -> str:
         schedule = self._schedule
@@ -96,22 +116,26 @@ class Progress:
         head = Table.grid(padding=(0, 1), expand=True)
         head.add_column(ratio=1)
         head.add_column(justify="right")
-        elapsed = _clock(time.monotonic() - self._started)
-        head.add_row(
-            ProgressBar(total=total, completed=self._done_units), f"{self._counts()} · {elapsed} · {self._left()}"
-        )
+        head.add_row(ProgressBar(total=total, completed=self._done_units), self._summary())
         grid.add_row(head)
+        if not self._running and not self._epochs:
+            grid.add_row(Text("  starting workers"))
         for node, record in self._running.items():
             grid.add_row(Text(self._line(node, record), overflow="ellipsis", no_wrap=True))
         return grid
 
     def _line(self, node: Node, record: EpochRecord | None) -> str:
-        name = node.name.split(": ", 1)[-1].split(" · epochs")[0]
+        name = _short(node)
         if record is None:
-            return f"  {name}: starting"
+            return f"  {name}: no epoch yet"
         value = record.metrics.get(f"val/raw/{self._metric}")
         shown = "" if value is None else f", val {self._metric} {value:.3f}"
         return f"  epoch {record.epoch}/{node.request.last}{shown}  {name}"
+
+
+def _short(node: Node) -> str:
+    """A trial without its study and its epochs."""
+    return node.name.split(": ", 1)[-1].split(" · epochs")[0]
 
 
 def _clock(seconds: float) -> str:

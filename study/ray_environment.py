@@ -1,9 +1,12 @@
-"""Environment that Ray reads when it is imported: authentication, telemetry and Tune's side effects. Imports no ray."""
+"""Environment that Ray reads when it is imported, and what can be told of an address without Ray. Imports no ray."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import socket
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 QUIET = {
@@ -16,6 +19,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+KNOCK_SECONDS = 3.0  # for a port to answer
 
 
 def prepare_environment(folder: Path, *, local: bool) -> None:
@@ -35,8 +39,46 @@ def prepare_environment(folder: Path, *, local: bool) -> None:
         return
     path = folder / "ray_auth_token"
     if not path.is_file():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+        _make_token(path)
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def _make_token(path: Path) -> None:
+    """A token that appears whole and never changes: Ray's processes read it one after another, other drivers too."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # readable by its owner alone
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    with suppress(FileExistsError):  # another driver was first
+        path.hardlink_to(name)
+    Path(name).unlink()
+
+
+def address_fault(address: str) -> str | None:
+    """What is wrong with the address of a cluster as far as a knock at its port tells; None if it may be right."""
+    if address == "auto":
+        return None
+    if "://" in address:
+        return "Ray Client addresses cannot drive a study: run the command on a node of the cluster, with HOST:PORT"
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        return "expected HOST:PORT of the cluster's head node, such as 10.0.0.1:6379, or auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    except OSError as error:
+        return f"nothing answers there ({error.strerror or error}); is the head node up, and is this its GCS port?"
+    return None
+
+
+def token_fault() -> str | None:
+    """What is wrong with the token that the environment names: Ray would end this process where it cannot read it."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        if path.read_text().strip():
+            return None
+        reason = "it is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+    return f"RAY_AUTH_MODE is token, but {path} holds none ({reason}); set RAY_AUTH_TOKEN_PATH to the cluster's token"

@@ -1,50 +1,70 @@
-"""Run a schedule through Ray Tune: a Searcher releases trials whose parent is done. The only file that imports ray.
+"""Run a schedule through Ray Tune: a Searcher releases trials whose parent is done.
 
-Tune starts trials, gives them CPUs and GPUs, keeps worker processes warm (`reuse_actors`) and starts a trial again
-whose worker died. What has been trained is known from our own store alone; Tune's restore is not used.
+With `ray_cluster` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and keeps worker
+processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker died or hung,
+is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import cloudpickle, tune
+from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.search import Searcher
 
+from study import worker_faults
 from study.documents import StudyError
-from study.executors import Listener, worker_at
+from study.executors import Attempts, Listener, Worker, placed, worker_at
+from study.ray_cluster import cluster, first_line, require_slots, slots, survey
 from study.schedule import Node, Schedule
 from study.spec import Execution
 from study.store import Store
-from trainables.backbone_files import BackboneError
-from trainables.data.index import DataError
+from study.watchdog import Silence
+from study.worker_faults import Fault
 from trainables.requests import Compute
 from trainables.results import EpochRecord, TrainingError
 
 log = logging.getLogger(__name__)
-PROJECT = Path(__file__).resolve().parents[1]
+NODES_SECONDS = 10.0  # between two looks at whether a trial still fits on some node
 
 
 class RayExecutor:
     """Trials on a Ray cluster: an existing one by address, or one that is started on this machine."""
 
-    def __init__(self, execution: Execution, compute: Compute, *, address: str | None, verbose: bool) -> None:
-        """Give a trial the CPUs and GPUs of `execution`."""
+    def __init__(
+        self,
+        execution: Execution,
+        compute: Compute,
+        *,
+        address: str | None,
+        verbose: bool,
+        timeout: float | None = None,
+    ) -> None:
+        """Give a trial the CPUs and GPUs of `execution`, and a step of it at most `timeout` seconds."""
         self._execution = execution
         self._address = address
         self._verbose = verbose
+        self._timeout = timeout
         gpus = execution.gpus if execution.gpus is not None else (1.0 if compute.device == "cuda" else 0.0)
         self._resources = {"CPU": float(execution.cpus)} | ({"GPU": float(gpus)} if gpus else {})
+
+    def check(self, schedule: Schedule, store: Store) -> None:
+        """See `study.executors.Executor`: the cluster answers, has room for a trial, and its nodes see what we see."""
+        if self._address is None:
+            return
+        with cluster(self._address, verbose=self._verbose):
+            require_slots(self._resources)
+            survey(schedule, store, self._resources)
 
     def run(self, schedule: Schedule, store: Store, listener: Listener) -> None:
         """See `study.executors.Executor`.
@@ -52,10 +72,10 @@ class RayExecutor:
         Raises:
             StudyError: the cluster cannot be reached, or no node of it can hold a trial.
         """
-        with _quiet(self._verbose), self._cluster():
-            slots = self._slots()
-            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-            searcher = StageSearcher(schedule, store, listener, self._resources, self._execution.max_failures)
+        with cluster(self._address, verbose=self._verbose), _dead_actors_are_known():
+            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(require_slots(self._resources))
+            attempts = Attempts(schedule, listener, self._execution.max_failures)
+            searcher = StageSearcher(schedule, store, listener, self._resources, attempts)
             tuner = tune.Tuner(
                 TrialActor,
                 tune_config=tune.TuneConfig(
@@ -70,115 +90,90 @@ class RayExecutor:
                     name="trials",
                     storage_path=str(store.tune),
                     failure_config=tune.FailureConfig(max_failures=0),  # started again by the searcher
-                    callbacks=[_Errors(searcher)],
+                    callbacks=[_Watch(searcher, self._resources, self._timeout)],
                     verbose=0,
                 ),
             )
-            tuner.fit()
+            try:
+                tuner.fit()
+            except tune.TuneError:
+                if searcher.interruption is not None:  # Tune keeps its text alone
+                    raise searcher.interruption from None
+                raise
         if not schedule.finished:
             raise StudyError(["Ray Tune ended before the study did; run the same command again to go on"])
 
-    @contextmanager
-    def _cluster(self) -> Iterator[None]:
-        environment = {"PYTHONPATH": str(PROJECT)} | {n: v for n, v in os.environ.items() if n.startswith("HF_")}
-        options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": self._verbose}
-        options |= {"logging_level": logging.INFO if self._verbose else logging.ERROR}
-        if self._address is None:
-            folder = tempfile.mkdtemp(prefix="ray")  # socket paths are limited to 107 bytes, so not in the storage
-            options |= {"num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
-        else:
-            options |= {"address": self._address}
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = self._address or "this machine"
-            raise StudyError([f"--address {where}: Ray cannot be reached ({str(error).splitlines()[0]})"]) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-            if self._address is None and not self._verbose:
-                shutil.rmtree(options["_temp_dir"], ignore_errors=True)
 
-    def _slots(self) -> int:
-        """How many trials fit on the cluster at once; what is missing is named instead of waited for."""
-        wanted = self._resources
-        slots = 0
-        for node in ray.nodes():
-            if node["Alive"]:
-                slots += min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in wanted.items())
-        if slots == 0:
-            have = {name: ray.cluster_resources().get(name, 0.0) for name in wanted}
-            asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-            total = ", ".join(f"{amount:g} {name}" for name, amount in have.items())
-            raise StudyError(
-                [
-                    f"execution: a trial asks for {asked}, no node of the cluster has that (in all: {total}); "
-                    "set execution.cpus or execution.gpus, or add nodes"
-                ]
-            )
-        return slots
+# -- the driver's side of Tune ---------------------------------------------------------------------------------------
 
 
 class StageSearcher(Searcher):
-    """Suggests the next ready trial, None while all of them wait for a parent, FINISHED at the end."""
+    """Suggests the next ready trial, None while all of them wait for a parent, FINISHED at the end.
+
+    Attributes:
+        interruption: what the listener raised, if it did.
+    """
 
     def __init__(
-        self, schedule: Schedule, store: Store, listener: Listener, resources: dict[str, float], max_failures: int
+        self, schedule: Schedule, store: Store, listener: Listener, resources: dict[str, float], attempts: Attempts
     ) -> None:
         super().__init__(metric="epoch", mode="max")
+        self.interruption: BaseException | None = None
         self._schedule = schedule
         self._store = store
         self._resources = resources
         self._listener = listener
+        self._attempts = attempts
         self._nodes: dict[str, Node] = {}
-        self._max_failures = max_failures
-        self._failures: dict[Node, int] = {}
+        self._doing: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """See `ray.tune.search.Searcher`."""
         node = self._schedule.next()
         if node is None:
             return Searcher.FINISHED if self._schedule.finished else None
-        self._nodes[trial_id] = node
-        self._listener.started(node)
+        self._nodes[trial_id], self._doing[trial_id] = node, "set-up"
+        self._tell(self._listener.started, node)
         return {
             "name": node.name.replace("/", "-"),
-            "request": cloudpickle.dumps(node.request),
+            "request": cloudpickle.dumps(placed(node.request)),
             "storage": str(self._store.root),
             "caches": self._store.cache_folder() is not None,
             "resources": self._resources,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """An epoch of a trial."""
-        self._hear(self._nodes[trial_id], result)
+        """A step of a trial: its set-up or an epoch."""
+        self._hear(self._nodes[trial_id], trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The end of a trial that its worker lived to see; `worker_died` hears of the others."""
+        """The end of a trial that its worker lived to see; `lost` hears of the others."""
         if error:
             return
-        node = self._nodes.pop(trial_id)
-        self._hear(node, result or {})
-        failure = (result or {}).get("failure")
+        assert result is not None, "Tune completes a trial with its last result"
+        node = self._nodes[trial_id]
+        self._hear(node, trial_id, result)
+        del self._nodes[trial_id], self._doing[trial_id]
+        failure = result.get("failure")
         if failure:
-            self._schedule.failed(node, failure)
-            self._listener.failed(node, failure)
+            self._tell(self._attempts.stopped, node, Fault(failure, again=False))
         else:
             self._schedule.done(node)
-            self._listener.finished(node)
+            self._tell(self._listener.finished, node)
 
-    def worker_died(self, trial_id: str, reason: str) -> None:
-        """Start the trial again, from its last saved epoch, a bounded number of times; each time is said."""
-        node = self._nodes.pop(trial_id)
-        self._failures[node] = self._failures.get(node, 0) + 1
-        if self._failures[node] <= self._max_failures:
-            self._schedule.again(node)
-            self._listener.retried(node, reason)
-        else:
-            message = f"its worker died {self._failures[node]} times, last of: {reason}"
-            self._schedule.failed(node, message)
-            self._listener.failed(node, message)
+    def at(self, trial_id: str) -> tuple[Node, str]:
+        """A running trial and what its worker is doing."""
+        return self._nodes[trial_id], self._doing[trial_id]
+
+    @property
+    def running(self) -> int:
+        """Number of trials that were given out."""
+        return len(self._nodes)
+
+    def lost(self, trial_id: str, fault: Fault) -> None:
+        """A trial's worker is gone: start it again from its last saved epoch, or give it up."""
+        del self._doing[trial_id]
+        self._tell(self._attempts.stopped, self._nodes.pop(trial_id), fault)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes its searcher to disk for a restore that is never made; what is live here stays here."""
@@ -190,24 +185,105 @@ class StageSearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore, see `save`."""
 
-    def _hear(self, node: Node, result: dict[str, Any]) -> None:
+    def _hear(self, node: Node, trial_id: str, result: dict[str, Any]) -> None:
         """Pass an epoch on; it travels as JSON, because Tune flattens what searchers get to see."""
+        self._doing[trial_id] = f"epoch {result['epoch'] + 1}"
         if result.get("record"):
-            self._listener.epoch(node, EpochRecord(**json.loads(result["record"])))
+            self._tell(self._listener.epoch, node, EpochRecord(**json.loads(result["record"])))
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        try:
+            what(*arguments)
+        except BaseException as error:
+            self.interruption = error
+            raise
 
 
-class _Errors(tune.Callback):
-    """Tells the searcher why a worker died: Tune tells searchers only that it did."""
+class _Watch(tune.Callback):
+    """Sees what Tune tells no searcher: why a worker died, that one has hung, that no node is left."""
 
-    def __init__(self, searcher: StageSearcher) -> None:
+    def __init__(self, searcher: StageSearcher, resources: dict[str, float], timeout: float | None) -> None:
         self._searcher = searcher
+        self._resources = resources
+        self._timeout = timeout
+        self._silence = Silence(math.inf if timeout is None else timeout)
+        self._hung: dict[str, Fault] = {}
+        self._looked = time.monotonic()
+        self._deserted = False
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """A trial has finished a step."""
+        self._silence.heard(trial.trial_id)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """A turn of Tune's loop: end the workers of trials that have been silent for too long."""
+        working = {t.trial_id: t for t in trials if t.temporary_state.ray_actor is not None}
+        for late in self._silence.turn(working):
+            if late not in self._hung:
+                node, doing = self._searcher.at(late)
+                self._hung[late] = worker_faults.hung(node, doing, self._timeout)
+                ray.kill(working[late].temporary_state.ray_actor)  # its node ends it, even where it is stopped
+        if not working and time.monotonic() - self._looked > NODES_SECONDS:
+            self._look_for_nodes()
+
+    def _look_for_nodes(self) -> None:
+        """Where nodes come and go, the last one may have gone: Tune waits for another one without a word."""
+        self._looked = time.monotonic()
+        deserted = slots(self._resources) == 0
+        if deserted and not self._deserted:
+            log.warning("no node is left that can hold a trial; waiting for one: Ctrl-C stops, and nothing is lost")
+        self._deserted = deserted
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker died, or its code raised what is no `TrainingError`."""
-        error = trial.get_pickled_error() or trial.get_error()
-        lines = [line.strip() for line in str(error or "unknown").splitlines() if line.strip()]
-        named = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith("ray::")]
-        self._searcher.worker_died(trial.trial_id, (named or lines)[-1])
+        node, _ = self._searcher.at(trial.trial_id)
+        fault = self._hung.pop(trial.trial_id, None) or self._fault(node, trial)
+        self._searcher.lost(trial.trial_id, fault)
+
+    def _fault(self, node: Node, trial: Any) -> Fault:
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        if isinstance(error, ray.exceptions.RayTaskError):
+            return Fault(f"{type(error.cause).__name__}: {first_line(error.cause)}", again=True)
+        if isinstance(error, _KilledForMemoryError):
+            return worker_faults.killed_for_memory(node.request, str(error))
+        return worker_faults.died(node.request, str(error))
+
+
+class _KilledForMemoryError(ray.exceptions.RayActorError):
+    """Ray's memory monitor has ended an actor."""
+
+
+@contextmanager
+def _dead_actors_are_known() -> Iterator[None]:
+    """Tune ends a whole run when an actor is lost in a way that it does not expect, such as to the memory monitor.
+
+    Ray reports such a loss by `OutOfMemoryError` and others, Tune knows `RayActorError` alone.
+    """
+    originals = {name: getattr(RayActorManager, name) for name in ("_actor_task_failed", "_actor_start_failed")}
+    for name, original in originals.items():
+
+        def failed(self: Any, *lost: Any, exception: Exception, _original: Any = original, **named: Any) -> None:
+            _original(self, *lost, exception=_as_actor_error(exception), **named)
+
+        setattr(RayActorManager, name, failed)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(RayActorManager, name, original)
+
+
+def _as_actor_error(error: Exception) -> Exception:
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return _KilledForMemoryError(error_msg=str(error))
+    known = (ray.exceptions.RayActorError, ray.exceptions.RayTaskError)
+    if isinstance(error, ray.exceptions.RayError) and not isinstance(error, known):
+        lost: Exception = ray.exceptions.RayActorError(error_msg=str(error))
+        return lost
+    return error
+
+
+# -- the worker's side -----------------------------------------------------------------------------------------------
 
 
 class TrialActor(tune.Trainable):
@@ -219,50 +295,33 @@ class TrialActor(tune.Trainable):
         return tune.PlacementGroupFactory([config["resources"]])
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin the first trial of this process."""
+        """Be there: all that may take long is left to the first step, which the driver watches."""
         logging.getLogger("trainables").setLevel(logging.WARNING)
-        self._worker = worker_at(Path(config["storage"]), caches=config["caches"])
-        self._begin(config)
+        self._worker: Worker | None = None
+        self._next: dict[str, Any] | None = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in the same process."""
-        self._begin(new_config)
+        """Take another trial in the same process."""
+        self._next = new_config
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._trial, self._failure = None, None
-        try:
-            self._trial = self._worker.begin(cloudpickle.loads(config["request"]))
-        except (TrainingError, BackboneError, DataError) as error:
-            self._failure = str(error)
-
     def step(self) -> dict[str, Any]:
-        """One epoch, or the news that there is nothing left to train."""
-        if self._trial is None:
-            return {"epoch": 0, "done": True, "failure": self._failure, "record": None}
-        if self._trial.done:
-            return {"epoch": self._trial.epoch, "done": True, "record": None}
+        """Set the trial up, or train an epoch."""
+        if self._worker is None:
+            assert self._next is not None
+            self._worker = worker_at(Path(self._next["storage"]), caches=self._next["caches"])
+        if self._next is not None:
+            self._worker.take(cloudpickle.loads(self._next["request"]))
+            self._next = None
         try:
-            record = self._trial.step()
+            record = self._worker.step()
         except TrainingError as error:
-            return {"epoch": self._trial.epoch, "done": True, "failure": str(error), "record": None}
-        return {"epoch": self._trial.epoch, "done": self._trial.done, "record": json.dumps(vars(record))}
+            return {"epoch": self._worker.epoch, "done": True, "failure": str(error), "record": None}
+        told = None if record is None else json.dumps(vars(record))
+        return {"epoch": self._worker.epoch, "done": self._worker.done, "record": told}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """States are kept by our own store, at every epoch."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """A trial begins at the deepest state in the store, see `setup`."""
-
-
-@contextmanager
-def _quiet(verbose: bool) -> Iterator[None]:
-    """Ray's and Tune's own output only with -v."""
-    if verbose:
-        yield
-        return
-    for name in ("ray", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # a dead worker is said by the searcher, once
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from study.documents import Path_, flatten
 from trainables.settings import Frozen
@@ -23,12 +24,25 @@ class RowDocument(Frozen):
     set: dict[str, Any] = Field(default_factory=dict, description="dotted key → value")
     part: Name | None = Field(None, description="cumulative rows: the part that this row adds, a column of marks")
 
+    @field_validator("set")
+    @classmethod
+    def _keys_agree(cls, changes: dict[str, Any]) -> dict[str, Any]:
+        flatten(changes)
+        return changes
+
 
 class LeaveOneOut(Frozen):
     """A full row, and one row a part with that part switched off."""
 
     full: RowDocument
     parts: Annotated[dict[Name, dict[str, Any]], Field(min_length=1, description="part → what switches it off")]
+
+    @field_validator("parts")
+    @classmethod
+    def _keys_agree(cls, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for changes in parts.values():
+            flatten(changes)
+        return parts
 
 
 class RowsDocument(Frozen):
@@ -40,6 +54,14 @@ class RowsDocument(Frozen):
     factorial: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] | None = Field(
         None, description="dotted key → values: every combination"
     )
+
+    def count(self) -> int:
+        """Number of rows, without making them."""
+        if self.factorial:
+            return math.prod(len(values) for values in self.factorial.values())
+        if self.leave_one_out is not None:
+            return 1 + len(self.leave_one_out.parts)
+        return len(self.list or self.cumulative or ())
 
     @model_validator(mode="after")
     def _one_form(self) -> RowsDocument:
@@ -58,12 +80,14 @@ class RowDraft:
         changes: dotted key → value, against the baseline.
         marks: part → whether the row has it.
         at: where the file declares it.
+        inherited: keys of `changes` that another row declares.
     """
 
     name: str
     changes: dict[str, Any]
     marks: dict[str, bool]
     at: Path_
+    inherited: frozenset[str] = frozenset()
 
 
 def expand(rows: RowsDocument) -> tuple[RowDraft, ...]:
@@ -88,11 +112,13 @@ def _cumulative(rows: Sequence[RowDocument]) -> tuple[RowDraft, ...]:
     changes: dict[str, Any] = {}
     on: set[str] = set()
     for i, row in enumerate(rows):
-        changes = changes | flatten(row.set)
+        own = flatten(row.set)
+        inherited = frozenset(changes.keys() - own.keys())
+        changes = changes | own
         if row.part is not None:
             on.add(row.part)
         marks = {part: part in on for part in parts}
-        drafts.append(RowDraft(row.name, dict(changes), marks, ("rows", "cumulative", i, "set")))
+        drafts.append(RowDraft(row.name, dict(changes), marks, ("rows", "cumulative", i, "set"), inherited))
     return tuple(drafts)
 
 
@@ -102,7 +128,9 @@ def _leave_one_out(rows: LeaveOneOut) -> tuple[RowDraft, ...]:
     drafts = [RowDraft(rows.full.name, full, dict.fromkeys(rows.parts, True), (*at, "full", "set"))]
     for part, off in rows.parts.items():
         marks = {other: other != part for other in rows.parts}
-        drafts.append(RowDraft(f"− {part}", full | flatten(off), marks, (*at, "parts", part)))
+        without = flatten(off)
+        inherited = frozenset(full.keys() - without.keys())
+        drafts.append(RowDraft(f"− {part}", full | without, marks, (*at, "parts", part), inherited))
     return tuple(drafts)
 
 

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
-from study.documents import Document, Path_, StudyError, apply, flatten, key_lines, number, read_document
-from study.rows import Name, RowDraft, RowsDocument, expand
-from trainables.data.registry import DATASETS
+from study.documents import Document, KeysError, StudyError, StudyFile, apply, read_document
+from study.layers import Choices, check_options, check_spare_layers, complete, dataset_names
+from study.problems import Places, Problems, near, text_keys
+from study.rows import LeaveOneOut, Name, RowDocument, RowDraft, RowsDocument, expand
 from trainables.settings import Frozen, Settings
 
+__all__ = ["Cell", "Choices", "Row", "Study", "StudyDocument", "find_study", "load_study", "shipped_studies"]
+
+MOST_CELLS = 100_000  # of which each takes some 40 kB to plan
 SHIPPED = Path(__file__).parent / "studies"
-PROFILES = Path(__file__).parent / "profiles.yaml"
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Execution(Frozen):
     """How trials are run; the number of threads, the device and the precision are part of every stage's key."""
 
-    cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs a trial; it computes with that many threads")
-    gpus: Annotated[float, Field(ge=0)] | None = Field(None, description="GPUs a trial, fractions too; default 1 or 0")
+    cpus: Annotated[float, Field(gt=0, le=10_000)] = Field(
+        1, description="CPUs a trial; it computes with that many threads"
+    )
+    gpus: Annotated[float, Field(ge=0, le=10_000)] | None = Field(
+        None, description="GPUs a trial, fractions too; default 1 or 0"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where this machine has a GPU")
-    max_failures: int = Field(2, ge=0, description="times a trial whose worker died is started again")
+    max_failures: int = Field(2, ge=0, le=10_000, description="times a trial whose worker died is started again")
     token_cache: Literal["auto", "always", "never"] = Field(
         "auto", description="caches of token activations: auto where measured reading beats recomputing"
     )
@@ -65,13 +72,16 @@ class StudyDocument(Settings):
     execution: Execution = Execution()
     report: Report = Report()
 
-    @field_validator("seeds")
+    @field_validator("seeds", "datasets")
     @classmethod
-    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    def _differ(cls, values: tuple[int, ...] | tuple[str, ...] | None) -> tuple[int, ...] | tuple[str, ...] | None:
+        twice = [str(value) for value, times in Counter(values or ()).items() if times > 1]
         if twice:
-            raise ValueError(f"{', '.join(map(str, twice))} given twice")
-        return seeds
+            raise ValueError(f"{', '.join(twice)} given twice; each may stand there once")
+        return values
+
+
+TEXT_KEYS = text_keys(StudyDocument, RowDocument, LeaveOneOut)
 
 
 @dataclass(frozen=True)
@@ -141,25 +151,9 @@ class Study:
         return ()
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What the command line says beside the file."""
-
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    dataset: str | None = None
-    data_roots: Mapping[str, str] = field(default_factory=dict)
-    smoke: bool = False
-
-
 def shipped_studies() -> dict[str, Path]:
     """Name → file of the studies that come with the project."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
-
-
-@cache
-def shipped_profiles() -> Document:
-    """Data set → settings that every study on it starts from."""
-    return read_document(PROFILES)
 
 
 def find_study(name: str) -> Path:
@@ -172,9 +166,12 @@ def find_study(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(name):  # noqa: PTH113 (Path raises for a name too long to be one)
         return path
-    raise StudyError([f"{name}: no such study or file; shipped studies: {', '.join(shipped)}"])
+    if os.path.exists(name) or path.suffix in (".yaml", ".yml") or path.name != name:  # noqa: PTH110
+        what = "is no file" if os.path.exists(name) else "no such file"  # noqa: PTH110
+        raise StudyError([f"{name}: {what}; give a study file, or one of {', '.join(shipped)}"])
+    raise StudyError([f"{name}: no such study or file{near(name, shipped)}; shipped studies: {', '.join(shipped)}"])
 
 
 def load_study(path: Path, choices: Choices | None = None) -> Study:
@@ -184,129 +181,48 @@ def load_study(path: Path, choices: Choices | None = None) -> Study:
         StudyError: with every problem, each with file, line or key, and what was expected.
     """
     choices = choices or Choices()
-    problems = _Problems(path)
-    document: Document = number(read_document(path))
-    names = _dataset_names(document, choices)
-    _check_dataset_names(names, problems)
+    file = read_document(path, TEXT_KEYS)
+    problems = Problems(Places(path.name, file.lines))
+    names = dataset_names(file, choices, problems)
+    check_options(file, names, choices, problems)
+    check_spare_layers(file, names, choices, problems)
     documents: dict[str, StudyDocument] = {}
     for name in names:
-        try:
-            completed = _complete(document, name, choices, alone=len(names) == 1)
-        except StudyError as error:
-            problems.add_lines(error.problems)
-            continue
-        validated = problems.validate(StudyDocument, completed)
+        layers = complete(file, name, choices, alone=len(names) == 1)
+        layers.report(problems)
+        problems.places = layers.places
+        validated = problems.validate(StudyDocument, layers.document)
         if validated is not None:
             documents[name] = validated
         else:
-            _check_rows_alone(completed, problems)
+            _check_rows_alone(layers.document, problems)
+    if not choices.smoke:
+        _check_smoke(file, names[0], choices, problems)
     problems.raise_if_any()
-    study = _assemble(documents, problems, choices.smoke)
-    problems.raise_if_any()
-    return study
+    _refuse_too_many_cells(documents, problems)
+    return _assemble(documents, problems, choices.smoke)
 
 
-def _dataset_names(document: Document, choices: Choices) -> tuple[str, ...]:
-    """Data sets of the study: --dataset, else -o dataset.name, else `datasets`, else `dataset.name`."""
-    override = flatten(choices.overrides).get("dataset.name")
-    chosen = choices.dataset or override
-    if chosen is not None:
-        return (str(chosen),)
-    several = flatten(choices.overrides).get("datasets", document.get("datasets"))
-    if isinstance(several, list | tuple) and several:
-        return tuple(dict.fromkeys(map(str, several)))
-    group = document.get("dataset")
-    return (str(group.get("name", "phantom")) if isinstance(group, dict) else "phantom",)
+def _refuse_too_many_cells(documents: dict[str, StudyDocument], problems: Problems) -> None:
+    first = next(iter(documents.values()))
+    cells = first.rows.count() * len(first.seeds) * len(documents)
+    if cells > MOST_CELLS:
+        problems.add(("rows",), f"{cells:,} cells (rows × seeds × data sets); at most {MOST_CELLS:,} make a study")
+        problems.raise_if_any()
 
 
-def _check_dataset_names(names: Iterable[str], problems: _Problems) -> None:
-    for name in names:
-        if name not in DATASETS:
-            problems.add(("dataset", "name"), f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")
+def _check_smoke(file: StudyFile, dataset: str, choices: Choices, problems: Problems) -> None:
+    """Settings of --smoke are judged now, not when they are first used."""
+    if isinstance(file.document.get("smoke"), dict):
+        layers = complete(file, dataset, replace(choices, smoke=True), alone=True)
+        judged = Problems(layers.places)
+        layers.report(judged)
+        judged.validate(StudyDocument, layers.document)
+        problems.add_lines(judged.found)
 
 
-def _complete(document: Document, dataset: str, choices: Choices, *, alone: bool) -> Document:
-    """Shipped profile of the data set ← the file ← its own profile ← --smoke ← command line, later ones winning."""
-    own = {key: value for key, value in document.items() if key.split(".")[0] in Settings.model_fields}
-    rest = {key: value for key, value in document.items() if key not in own}  # names of rows and parts may hold dots
-    completed = rest | apply(apply({}, shipped_profiles().get(dataset, {})), own)
-    profiles = document.get("profiles")
-    if isinstance(profiles, dict) and isinstance(profiles.get(dataset), dict):
-        completed = apply(completed, profiles[dataset])
-    if choices.smoke and isinstance(document.get("smoke"), dict):
-        completed = apply(completed, document["smoke"])
-    roots = choices.data_roots
-    named: dict[str, Any] = {"dataset.name": dataset}
-    root = roots.get(dataset, roots.get("") if alone else None)
-    if root is not None:
-        named["dataset.root"] = root
-    return apply(completed, {**choices.overrides, **named})
-
-
-class _Problems:
-    """Collects everything wrong with a study file, so that one look mends it all."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines = key_lines(path)
-        self._found: list[str] = []
-
-    def add(self, at: Path_, message: str) -> None:
-        """A problem at a key path."""
-        line = self._line(at)
-        place = f"{self._path.name}:{line}" if line else self._path.name
-        dotted = ".".join(str(p) for p in at)
-        self.add_lines([f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"])
-
-    def add_lines(self, lines: Iterable[str]) -> None:
-        """Problems that say where they are themselves."""
-        self._found += [line for line in lines if line not in self._found]
-
-    def validate(self, model: type[_Model], data: Document, at: Path_ = ()) -> _Model | None:
-        """The validated model, or None with its errors added."""
-        try:
-            return model.model_validate(data)
-        except ValidationError as error:
-            for problem in error.errors(include_url=False):
-                self.add((*at, *problem["loc"]), _expectation(problem))
-            return None
-
-    def raise_if_any(self) -> None:
-        """Raise StudyError with all problems."""
-        if self._found:
-            raise StudyError(self._found)
-
-    def _line(self, at: Path_) -> int | None:
-        """Line of the longest part of a path that the file itself holds, its last keys joined by dots or not."""
-        for end in range(len(at), 0, -1):
-            for start in range(end - 1, -1, -1):
-                joined = (*at[:start], ".".join(map(str, at[start:end])))
-                if (line := self._lines.get(at[:end] if start == end - 1 else joined)) is not None:
-                    return line
-        return None
-
-
-def _expectation(problem: Any) -> str:
-    """Pydantic's message with the value that was found, in the words of a study file."""
-    kind, message = problem["type"], str(problem["msg"]).removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        return "unknown key"
-    if kind in ("missing", "value_error"):
-        return message
-    return f"{message}; found {_shown(problem['input'])}"
-
-
-def _shown(value: Any) -> str:
-    """A value as a message shows it: short, and whatever it is."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write out whole numbers of thousands of digits
-        return "a number too long to show"
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _assemble(documents: dict[str, StudyDocument], problems: _Problems, smoke: bool) -> Study:
-    """Rows with complete settings for every data set; what is wrong with a row is added to the problems."""
+def _assemble(documents: dict[str, StudyDocument], problems: Problems, smoke: bool) -> Study:
+    """Rows with complete settings for every data set; StudyError with whatever is wrong with them."""
     first = next(iter(documents.values()))
     drafts = expand(first.rows)
     for name in (name for name, times in Counter(d.name for d in drafts).items() if times > 1):
@@ -319,7 +235,10 @@ def _assemble(documents: dict[str, StudyDocument], problems: _Problems, smoke: b
             if completed is not None:
                 settings[draft.name][dataset] = completed
         _check_rows_differ(drafts, settings, dataset, problems)
-    rows = tuple(Row(d.name, i, d.changes, d.marks, settings[d.name]) for i, d in enumerate(drafts))
+    problems.raise_if_any()
+    rows = tuple(
+        Row(d.name, i, _typed(d.changes, settings[d.name]), d.marks, settings[d.name]) for i, d in enumerate(drafts)
+    )
     return Study(
         name=first.study,
         title=first.title,
@@ -333,12 +252,22 @@ def _assemble(documents: dict[str, StudyDocument], problems: _Problems, smoke: b
     )
 
 
-def _check_rows_alone(completed: Document, problems: _Problems) -> None:
+def _typed(changes: Document, settings: dict[str, Settings]) -> Document:
+    """Changes as the settings hold them: text that stands for a number is one there."""
+    if not settings:
+        return changes
+    plain = next(iter(settings.values())).model_dump()
+    return {key: reduce(lambda group, part: group[part], key.split("."), plain) for key in changes}
+
+
+def _check_rows_alone(completed: Document, problems: Problems) -> None:
     """What is wrong with the rows of a file whose baseline is wrong too, so that one look mends both."""
     try:
         rows = RowsDocument.model_validate(completed.get("rows"))
     except ValidationError:
         return  # said already
+    if rows.count() > MOST_CELLS:
+        return
     baseline = Settings()
     for group in Settings.model_fields.keys() & completed.keys():
         with suppress(ValidationError):
@@ -347,26 +276,28 @@ def _check_rows_alone(completed: Document, problems: _Problems) -> None:
         _row_settings(baseline.model_dump(), draft, problems)
 
 
-def _row_settings(baseline: Document, draft: RowDraft, problems: _Problems) -> Settings | None:
-    unknown = [key for key in draft.changes if key.split(".")[0] not in Settings.model_fields]
-    for key in unknown:
-        groups = ", ".join(Settings.model_fields)
-        problems.add((*draft.at, key), f"row {draft.name!r} can change only keys of {groups}")
-    named = [key for key in flatten(draft.changes) if key in ("dataset.name", "dataset.root")]
-    for key in named:
+def _row_settings(baseline: Document, draft: RowDraft, problems: Problems) -> Settings | None:
+    groups = tuple(Settings.model_fields)
+    fixed = [key for key in draft.changes if key in ("dataset.name", "dataset.root")]
+    unknown = [key for key in draft.changes if key.split(".")[0] not in groups]
+    for key in fixed:
         problems.add((*draft.at, key), "a row cannot change the data set: name several under `datasets`")
-    if unknown or named:
+    for key in unknown:
+        nearest = near(key.split(".")[0], groups)
+        problems.add((*draft.at, key), f"row {draft.name!r} can change only keys of {', '.join(groups)}{nearest}")
+    if unknown or fixed:
         return None
     try:
-        return problems.validate(Settings, apply(baseline, draft.changes), draft.at)
-    except StudyError as error:
-        for line in error.problems:
-            problems.add(draft.at, line)
+        completed = apply(baseline, draft.changes)
+    except KeysError as error:
+        for key, message in error.found.items():
+            problems.add((*draft.at, key), message)
         return None
+    return problems.validate(Settings, completed, draft.at, draft.inherited)
 
 
 def _check_rows_differ(
-    drafts: Sequence[RowDraft], settings: dict[str, dict[str, Settings]], dataset: str, problems: _Problems
+    drafts: Sequence[RowDraft], settings: dict[str, dict[str, Settings]], dataset: str, problems: Problems
 ) -> None:
     """A row that changes nothing is an error: no two rows may come to the same settings."""
     seen: dict[str, str] = {}

@@ -5,6 +5,8 @@ Layout of a storage folder:
     states/<key>/       a trajectory after some epoch: tensors.safetensors, state.json (with the tensors' digest)
     results/<leaf>/<observer>/   a cell's result: result.json, predictions.npz, weights.safetensors
     images/  activations/  phantoms/  splits/     what can be made again
+    partial/            what is being written; renamed into place when it is whole and on the disk
+    locks/              who runs which study here
     <study>/report/     tables and figures
     mlflow.db, mlartifacts/   the default ledger
 """
@@ -21,11 +23,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from study.documents import StudyError
+from study.durable import flush_folder, make_folder, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +45,12 @@ RESULT = "result.json"
 PREDICTIONS = "predictions.npz"
 WEIGHTS = "weights.safetensors"
 
+LEAST_ROOM = 1 << 20  # bytes that a storage must be able to take, before a study and after something went wrong
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What is being written, by its makers' names for it; what is older than some hours is of processes that were killed.
+UNFINISHED = ("partial/*", ".mlflow.db.*", ".ray_auth_token.*", "splits/.*", "locks/.*", "*/report/.*")
+ABANDONED_S = 6 * 3600
+
 
 class Store:
     """A storage folder. Implements `trainables.trial.Stash`; processes of one machine or file system may share it."""
@@ -54,13 +64,52 @@ class Store:
         self.root = root.resolve()
         self._caches = caches
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root) as probe:
-                probe.write(b"\0")
+            make_folder(self.root)
+            self._set_aside(LEAST_ROOM)
         except OSError as error:
+            remedy = "make room there" if error.errno in NO_ROOM else "give a writable folder"
+            raise StudyError([f"--storage {root}: cannot be written ({error.strerror}); {remedy}"]) from error
+
+    def require_room(self) -> None:
+        """Make sure that another state can be written, as after something could not be.
+
+        Raises:
+            StudyError: it cannot; says why and what to do.
+        """
+        wanted = max(LEAST_ROOM, self._largest_state())
+        try:
+            self._set_aside(wanted)
+        except OSError as error:
+            free = shutil.disk_usage(self.root).free
+            lack = f"a state takes {wanted / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; make room"
+            remedy = lack if error.errno in NO_ROOM else "make it writable"
             raise StudyError(
-                [f"--storage {root}: cannot be written ({error.strerror}); give a writable folder"]
+                [
+                    f"--storage {self.root}: {error.strerror}; {remedy}, and run the same command again: nothing is "
+                    "damaged, and it goes on from the last epochs that were saved"
+                ]
             ) from error
+
+    def _largest_state(self) -> int:
+        """Bytes."""
+        largest = 0
+        for tensors in (self.root / "states").glob(f"*/{TENSORS}"):
+            with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+                largest = max(largest, tensors.stat().st_size)
+        return largest
+
+    def _set_aside(self, size: int) -> None:
+        """Have the disk give as many bytes, and give them back."""
+        with tempfile.TemporaryFile(dir=self.root) as probe:
+            os.posix_fallocate(probe.fileno(), 0, size)
+
+    def sweep(self) -> None:
+        """Remove what killed processes had begun to write, once nobody can be writing it any more."""
+        for leftover in [path for pattern in UNFINISHED for path in self.root.glob(pattern)]:
+            with contextlib.suppress(FileNotFoundError):  # its writer or another driver was faster
+                newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+                if time.time() - newest > ABANDONED_S:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     # -- folders ------------------------------------------------------------------------------------------------------
 
@@ -87,6 +136,11 @@ class Store:
     def activations(self) -> Path:
         """Activation caches of this node."""
         return self._made("activations")
+
+    @property
+    def locks(self) -> Path:
+        """Who runs which study."""
+        return self._made("locks")
 
     def report(self, study: str) -> Path:
         """Tables, figures and report of a study."""
@@ -240,9 +294,12 @@ class Store:
             StudyError: the images have changed since results were made from them.
         """
         path = self._made("contents") / index_digest[:40]
-        if not path.is_file():
+        recorded = path.read_bytes() if path.is_file() else b""
+        if not re.fullmatch(rb"[0-9a-f]{64}", recorded):
+            if path.is_file():
+                log.warning("%s is damaged and written anew; every state and result holds the digest too", path)
             self._write(path, contents_digest.encode())
-        elif path.read_text(encoding="utf-8") != contents_digest:
+        elif recorded != contents_digest.encode():
             raise StudyError(
                 ["the images have changed since this storage's results were made; use another --storage for them"]
             )
@@ -250,9 +307,7 @@ class Store:
     # -- small parts --------------------------------------------------------------------------------------------------
 
     def _made(self, *parts: str) -> Path:
-        folder = self.root.joinpath(*parts)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return make_folder(self.root.joinpath(*parts))
 
     def _state(self, key: str) -> Path:
         return state_folder(self.root, key)
@@ -265,22 +320,28 @@ class Store:
 
     def _write(self, path: Path, data: bytes) -> None:
         temporary = self._temporary()
-        (temporary / "file").write_bytes(data)
-        (temporary / "file").replace(path)
-        temporary.rmdir()
+        try:
+            write_file(temporary / "file", data)
+            (temporary / "file").replace(path)
+            flush_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _publish(self, folder: Path, files: dict[str, bytes]) -> None:
-        """Write files beside, flush them to the disk, and put the folder in place with one rename."""
+        """Write files beside and put their folder in place with one rename.
+
+        Files, their entries and the renamed entry are on the disk, in this order, when it returns: a power cut leaves
+        the folder whole or absent, and what the caller drops next was replaced for good.
+        """
         temporary = self._temporary()
         try:
             for name, data in files.items():
-                with (temporary / name).open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            folder.parent.mkdir(parents=True, exist_ok=True)
+                write_file(temporary / name, data)
+            flush_folder(temporary)
+            make_folder(folder.parent)
             self._put(temporary, folder)
-        except OSError:
+            flush_folder(folder.parent)
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -24,9 +28,14 @@ from study.ray_environment import prepare_environment
 from study.schedule import Node, Schedule
 from study.store import Store
 from tests.studies_for_tests import TINY, planned
+from trainables.loop import Trajectory
 from trainables.results import EpochRecord
 
 ONE_SEED = {**TINY, "seeds": [0]}
+HANG_SECONDS = 30  # for set-ups and epochs of a second or two, also on a machine that is busy with other things
+RATES = {"never": 1e-5, "once": 1e-6, "always": 1e-7}
+GB = 1_000_000_000
+ROOT = Path(__file__).resolve().parents[2]
 EXECUTORS = ["local", pytest.param("ray", marks=pytest.mark.slow)]
 
 
@@ -36,6 +45,7 @@ class Heard:
     def __init__(self, inner: Session, on_epoch: Callable[[Node, EpochRecord], None] | None = None) -> None:
         self.inner = inner
         self.events: list[tuple[str, str]] = []
+        self.reasons: list[str] = []
         self.spans: dict[str, list[float]] = {}
         self._on_epoch = on_epoch
 
@@ -57,29 +67,37 @@ class Heard:
 
     def retried(self, node: Node, reason: str) -> None:
         self.events.append(("retried", node.name))
+        self.reasons.append(reason)
         self.inner.retried(node, reason)
 
     def failed(self, node: Node, error: str) -> None:
         self.events.append(("failed", node.name))
+        self.reasons.append(error)
         self.inner.failed(node, error)
 
 
 def execute(
-    kind: str, plan: Plan, storage: Path, on_epoch: Callable[[Node, EpochRecord], None] | None = None
+    kind: str,
+    plan: Plan,
+    storage: Path,
+    on_epoch: Callable[[Node, EpochRecord], None] | None = None,
+    timeout: float | None = None,
+    kind_of_listener: type[Heard] = Heard,
 ) -> tuple[Heard, Schedule, Session]:
     store = Store(storage)
     contents = prepare_data(plan, store, Console(quiet=True))
     session = Session(plan, store, Ledger(store.default_tracking_uri(), store.artifacts()), contents, "a test")
     session.open()
     schedule = session.schedule()
-    heard = Heard(session, on_epoch)
+    heard = kind_of_listener(session, on_epoch)
     if kind == "local":
-        LocalExecutor(plan.study.execution.max_failures).run(schedule, store, heard)
+        LocalExecutor(plan.study.execution.max_failures, timeout).run(schedule, store, heard)
     else:
         prepare_environment(store.root, local=True)
         from study.ray_executor import RayExecutor
 
-        RayExecutor(plan.study.execution, plan.compute, address=None, verbose=False).run(schedule, store, heard)
+        executor = RayExecutor(plan.study.execution, plan.compute, address=None, verbose=False, timeout=timeout)
+        executor.run(schedule, store, heard)
     return heard, schedule, session
 
 
@@ -152,13 +170,93 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(tmp_path: P
     assert killed
     _, complete = session.close()
     assert complete
-    assert sum(event == "retried" for event, _ in heard.events) == 1
+    assert len(heard.reasons) == 1
+    assert re.search(
+        r"^its worker process on \S+ was killed or crashed.*a batch is 32 images of 64 px", heard.reasons[0]
+    )
     epochs = sum(event == "epoch" for event, _ in heard.events)
     assert epochs <= 1 + 3 * 2 + 1  # at most one epoch was trained twice
-    _, _, other = execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")
-    assert {k: r.weights_sha256 for k, r in session.results.items()} == {
-        k: r.weights_sha256 for k, r in other.results.items()
-    }
+    assert digests(session) == digests(execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")[2])
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_ended_in_time_and_another_one_goes_on(tmp_path: Path) -> None:
+    """A process that is stopped can do nothing for itself, not even end: the driver must notice."""
+    stopped: list[str] = []
+
+    def stop(node: Node, record: EpochRecord) -> None:
+        if record.epoch == 2 and not stopped:
+            os.kill(resting_worker(), signal.SIGSTOP)
+            stopped.append(node.name)
+
+    plan = planned(tmp_path / "a", {**ONE_SEED, "execution.max_failures": 5})
+    heard, _, session = execute("ray", plan, tmp_path / "a", stop, timeout=HANG_SECONDS)
+    _, complete = session.close()
+    assert complete
+    since, again = heard.events.index(("epoch", stopped[0])), heard.events.index(("retried", stopped[0]))
+    assert any(event == "epoch" and name != stopped[0] for event, name in heard.events[since:again])  # siblings went on
+    hung = [reason for reason in heard.reasons if reason.startswith(f"epoch 3 of {stopped[0]!r} was not finished")]
+    assert hung and f"within {HANG_SECONDS} s and counts as hung" in hung[0] and "--timeout" in hung[0]
+    assert digests(session) == digests(execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")[2])
+
+
+@pytest.mark.slow
+def test_an_epoch_that_waits_for_ever_in_this_process_is_interrupted_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row waits for ever in every attempt, another one once: the first fails and says where, the rest finish."""
+    train_epoch = Trajectory.train_epoch
+    waited: list[float] = []
+
+    def wait_for_ever(self: Trajectory) -> EpochRecord:
+        rate = self.settings.optimiser.encoder_lr
+        if self.epoch == 1 and (rate == 1e-7 or (rate == 1e-6 and rate not in waited)):
+            waited.append(rate)
+            while True:
+                time.sleep(0.1)
+        return train_epoch(self)
+
+    monkeypatch.setattr(Trajectory, "train_epoch", wait_for_ever)
+    rows = [{"name": name, "set": {"optimiser.encoder_lr": rate}} for name, rate in RATES.items()]
+    one_epoch = {**ONE_SEED, "strategy.tune_epochs": 1, "execution.max_failures": 1, "rows": {"list": rows}}
+    heard, schedule, session = execute("local", planned(tmp_path, one_epoch), tmp_path, timeout=HANG_SECONDS / 2)
+    assert Counter(waited) == {1e-7: 2, 1e-6: 1}
+    _, complete = session.close()
+    assert not complete
+    assert [node.status for node in schedule.nodes if not node.children] == ["done", "done", "failed"]
+    assert heard.reasons[-1].startswith("epoch 2 of 'ablation: always")
+    assert re.search(r"test_executors.py, line \d+, in .*wait_for_ever", heard.reasons[-1])
+    assert heard.reasons[-1].endswith("(given up after 2 attempts)")
+
+
+@pytest.mark.slow
+def test_workers_that_the_memory_monitor_ends_are_replaced_and_the_study_goes_on(tmp_path: Path) -> None:
+    """Ray ends workers while the memory of their node is short, whoever uses it: here this process, for a while."""
+    if psutil.virtual_memory().available < 10 * GB:
+        pytest.skip("needs 10 GB of free memory to run short of it")
+    script = [sys.executable, str(Path(__file__).parent / "short_of_memory.py"), str(tmp_path / "a")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["complete"]
+    short = [r for r in told["reasons"] if "was killed because its node ran out of memory" in r]
+    assert short and re.search(
+        r"\(\S+ of \S+ GB in use, \S+ GB of it by the worker\): a batch is 32 images of 64 px", short[0]
+    )
+    local = execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")[2]
+    assert told["digests"] == digests(local)
+
+
+@pytest.mark.slow
+def test_what_a_listener_raises_comes_through_tune_as_it_was(tmp_path: Path) -> None:
+    class RefusedError(Exception):
+        pass
+
+    def refuse(node: Node, record: EpochRecord) -> None:
+        raise RefusedError("the ledger refuses")
+
+    with pytest.raises(RefusedError, match="the ledger refuses"):
+        execute("ray", planned(tmp_path, ONE_SEED), tmp_path, refuse)
 
 
 @pytest.mark.slow
@@ -190,6 +288,18 @@ def test_missing_resources_are_named_instead_of_waited_for(tmp_path: Path) -> No
     thread.start()
     thread.join(timeout=60)
     assert done and "3 GPU" in str(done[0])
+
+
+def digests(session: Session) -> dict[str, str]:
+    """Cell → digest of the weights that were evaluated."""
+    return {key: result.weights_sha256 for key, result in session.results.items()}
+
+
+def resting_worker() -> int:
+    """Process of the trial whose result is being heard: Ray titles the others by the method that they run."""
+    titles = {p.pid: " ".join(_line(p)).strip() for p in psutil.Process().children(recursive=True)}
+    [resting] = [pid for pid, title in titles.items() if title == "ray::TrialActor"]
+    return resting
 
 
 def _line(process: psutil.Process) -> list[Any]:

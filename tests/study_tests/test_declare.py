@@ -288,6 +288,8 @@ def test_a_smoke_run_says_that_it_means_nothing(tmp_path: Path) -> None:
     from study.spec import Choices
 
     for smoke in (False, True):
-        plan = make_plan(loaded(tmp_path, document([HEAD]), Choices(smoke=smoke)), storage=tmp_path)
+        plan = make_plan(
+            loaded(tmp_path, document([HEAD], smoke={"seeds": [0]}), Choices(smoke=smoke)), storage=tmp_path
+        )
         notes = " ".join(study_header(plan, counted_units(plan, [], {}), {}).notes)
         assert ("smoke run" in notes) == smoke

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from analysis.records import find_runs, load
-from analysis.tracking import _move_unless_taken
+from analysis.tracking import _move_unless_taken, environment
 from study.ledger import CellOutcome, Epoch, Ledger, LedgerError
 from tests.ledger_samples import (
     ROWS,
@@ -430,6 +430,28 @@ def test_a_whole_study_prints_nothing_and_writes_nothing_outside_its_storage(tmp
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list((tmp_path / "cwd").iterdir()) == []
     assert {path.name for path in (tmp_path / "storage").iterdir()} == {"mlflow.db", "artifacts"}
+
+
+def test_a_variable_that_has_its_value_already_is_not_touched_while_other_threads_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put, written = os.putenv, []
+
+    def counted(name: bytes, value: bytes) -> None:
+        written.append(name)
+        put(name, value)
+
+    monkeypatch.setenv("SPFT_OUTER", "1")
+    monkeypatch.delenv("SPFT_INNER", raising=False)
+    monkeypatch.setattr(os, "putenv", counted)
+    with environment(SPFT_OUTER="1"):
+        assert os.environ["SPFT_OUTER"] == "1"
+    assert written == []
+    with environment(SPFT_OUTER="2", SPFT_INNER="3"):
+        assert (os.environ["SPFT_OUTER"], os.environ["SPFT_INNER"]) == ("2", "3")
+    assert written == [b"SPFT_OUTER", b"SPFT_INNER", b"SPFT_OUTER"], "the last one put back, the other removed"
+    assert os.environ["SPFT_OUTER"] == "1"
+    assert "SPFT_INNER" not in os.environ
 
 
 def test_telemetry_is_off(uri: str) -> None:

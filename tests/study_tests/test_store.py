@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -263,18 +264,25 @@ def test_a_save_killed_at_any_moment_leaves_the_key_whole_or_absent(
     chance = random.Random(0)
     seen: list[int | None] = []
 
-    def save_for_ever() -> None:
-        epoch = 0
-        while True:
-            epoch = epoch % 5 + 1
-            store.save(KEY, checkpoint(epoch, size=20_000))
-            store.save_result(LEAF, OBSERVER, result("a", str(epoch)), os.urandom(100_000), {"w": torch.ones(20_000)})
-            store.drop(KEY) if epoch == 5 else None
-            (tmp_path / "results" / LEAF[:40]).rename(tmp_path / f"away {time.monotonic_ns()}")  # another result next
+    def save_all(epoch: int) -> None:
+        before = tmp_path / "results" / LEAF[:40]
+        if before.exists():  # a result of another trajectory would be refused
+            before.rename(tmp_path / f"away {time.monotonic_ns()}")
+        store.save(KEY, checkpoint(epoch, size=20_000))
+        store.save_result(LEAF, OBSERVER, result("a", str(epoch)), os.urandom(100_000), {"w": torch.ones(20_000)})
+        store.drop(KEY) if epoch == 5 else None
 
+    def save_for_ever() -> None:
+        for epoch in itertools.cycle(range(1, 6)):
+            save_all(epoch)
+
+    started = time.monotonic()
+    for epoch in range(1, 6):
+        save_all(epoch)
+    round_s = 1.5 * (time.monotonic() - started)  # flushing takes as long as the disk is busy
     for _ in range(16):
         pid = forked(save_for_ever)
-        time.sleep(chance.uniform(0.001, 0.06))
+        time.sleep(chance.uniform(0.001, round_s))
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         found = store.newest([KEY], always)
@@ -321,6 +329,66 @@ def test_a_full_disk_is_an_error_that_leaves_the_key_as_it_was(tmp_path: Path) -
     assert list((tmp_path / "partial").iterdir()) == []
 
 
+def test_a_state_is_on_the_disk_before_its_entry_is_and_its_entry_before_the_save_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves depends on this order; the real calls are made, and written down."""
+    store = Store(tmp_path)
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        done.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().relative_to(tmp_path)}")
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(f"rename {path.relative_to(tmp_path)} {target.relative_to(tmp_path)}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    store.save(KEY, checkpoint())
+    (rename,) = [event for event in done if event.startswith("rename ")]
+    partial = rename.split()[1]
+    before, after = done[: done.index(rename)], done[done.index(rename) + 1 :]
+    contents = [f"flush {partial}/{TENSORS}", f"flush {partial}/{STATE}"]
+    assert [event for event in before if partial in event] == [*contents, f"flush {partial}"]
+    assert "flush ." in before, "the new folder states/ has an entry of its own"
+    assert after == ["flush states"]
+
+
+def test_what_killed_processes_left_half_written_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    store = saved(tmp_path)
+    (tmp_path / ".git").mkdir()  # not ours
+    kept = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    halves = ["partial/{}/state.json", ".mlflow.db.{}/mlflow.db", "ablation/report/.report.html.{}", "splits/.x.csv.{}"]
+    young, old = ([tmp_path / half.format(name) for half in halves] for name in ("17", "18"))
+    for path in (*young, *old):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    yesterday = time.time() - 86_400
+    for path in (*old, *(path.parent for path in old[:2]), tmp_path / ".git"):
+        os.utime(path, (yesterday, yesterday))
+    store.sweep()
+    assert [path.exists() for path in old] == [False] * 4
+    assert [path.exists() for path in young] == [True] * 4
+    assert all((tmp_path / path).exists() for path in kept)
+
+
+def test_a_storage_that_can_take_no_further_state_says_so_with_the_size_of_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(KEY, checkpoint(size=200_000))  # 3.2 MB
+    store.require_room()
+
+    def without_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+        with pytest.raises(StudyError, match=r"File too large; a state takes 3\.2 MB, .* make room, and run the same"):
+            store.require_room()
+
+    assert ended(forked(without_room)) == 0
+    assert list(tmp_path.glob("tmp*")) == [], "the probe is gone"
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -346,12 +414,24 @@ def test_a_damaged_result_of_another_observer_does_not_keep_a_result_from_being_
 
 def test_images_that_have_changed_are_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.check_contents("i" * 64, "contents")
-    Store(tmp_path).check_contents("i" * 64, "contents")
-    store.check_contents("j" * 64, "other contents")
+    store.check_contents("i" * 64, "c" * 64)
+    Store(tmp_path).check_contents("i" * 64, "c" * 64)
+    store.check_contents("j" * 64, "0" * 64)
     with pytest.raises(StudyError, match="the images have changed since this storage's results were made") as caught:
-        Store(tmp_path).check_contents("i" * 64, "changed")
+        Store(tmp_path).check_contents("i" * 64, "d" * 64)
     assert len(caught.value.problems) == 1
+
+
+def test_a_record_of_contents_that_a_power_cut_emptied_is_said_and_written_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    store.check_contents("i" * 64, "c" * 64)
+    (tmp_path / "contents" / ("i" * 40)).write_bytes(b"")
+    store.check_contents("i" * 64, "c" * 64)
+    assert "is damaged and written anew" in caplog.text
+    with pytest.raises(StudyError, match="the images have changed"):
+        store.check_contents("i" * 64, "d" * 64)
 
 
 @pytest.mark.parametrize("below", [".", "deeper/still"])

@@ -1,0 +1,203 @@
+"""A Ray cluster to run trials on: reach it or start it, count its slots, and ask its nodes what they see.
+
+With `ray_executor` the only file that imports ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray._private import services
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is there, its stub is not
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from study import node_survey
+from study.documents import StudyError
+from study.executors import placed
+from study.interrupts import kept_signals
+from study.ray_environment import address_fault, token_fault
+from study.schedule import Schedule
+from study.store import Store
+
+PROJECT = Path(__file__).resolve().parents[1]
+ANSWER_SECONDS = 6.0  # for a head node to answer; Ray itself would ask for minutes
+SURVEY_SECONDS = 120.0  # for all nodes together: they may have to start a worker and to fetch the encoder
+
+
+@contextmanager
+def cluster(address: str | None, *, verbose: bool) -> Iterator[None]:
+    """Be connected to a cluster that others started, or to one of this machine's own that lives as long as the body.
+
+    Raises:
+        StudyError: it cannot be reached or started; says why within seconds.
+    """
+    environment = {"PYTHONPATH": str(PROJECT)} | {n: v for n, v in os.environ.items() if n.startswith("HF_")}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": verbose}
+    options |= {"logging_level": logging.INFO if verbose else logging.ERROR}
+    if address is None:
+        folder = tempfile.mkdtemp(prefix="ray")  # socket paths are limited to 107 bytes, so not in the storage
+        options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
+    else:
+        options |= {"address": _answering(address)}
+    try:
+        with _quiet(verbose):
+            _connect(options, "this machine" if address is None else f"--address {address}")
+            yield
+    finally:
+        ray.shutdown()
+        if address is None and not verbose:
+            shutil.rmtree(options["_temp_dir"], ignore_errors=True)
+
+
+def slots(resources: Mapping[str, float]) -> int:
+    """How many trials fit on the cluster at once."""
+    return sum(_room(node, resources) for node in ray.nodes())
+
+
+def require_slots(resources: Mapping[str, float]) -> int:
+    """How many trials fit on the cluster at once; what is missing is named instead of waited for.
+
+    Raises:
+        StudyError: none.
+    """
+    if found := slots(resources):
+        return found
+    have = ray.cluster_resources()
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    total = ", ".join(f"{have.get(name, 0.0):g} {name}" for name in resources)
+    raise StudyError(
+        [
+            f"execution: a trial asks for {asked}, no node of the cluster has that (in all: {total}); "
+            "set execution.cpus or execution.gpus, or add nodes"
+        ]
+    )
+
+
+def survey(schedule: Schedule, store: Store, resources: Mapping[str, float]) -> None:
+    """Ask every node that could run a trial what it sees; all that differs from here is said at once.
+
+    Raises:
+        StudyError: a node lacks what trials need, or does not answer.
+    """
+    settings = [placed(node.request).settings for node in schedule.nodes]
+    data = dict.fromkeys(s.dataset.root for s in settings if s.dataset.root is not None)
+    encoders = dict.fromkeys(s.model.backbone for s in settings)
+    cloudpickle.register_pickle_by_value(node_survey)  # the project may be missing there
+    ask = ray.remote(num_cpus=0, max_retries=0)(node_survey.look)
+    problems = []
+    with node_survey.wanted(store.root, data, encoders) as wanted:
+        asked = {}
+        for node in ray.nodes():
+            if _room(node, resources):
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                asked[ask.options(scheduling_strategy=there).remote(wanted)] = _name(node)
+        here = node_survey.look(wanted)
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
+        for answer in answered:
+            try:
+                problems += node_survey.differences(asked[answer], wanted, here, ray.get(answer))
+            except ray.exceptions.RayError as error:
+                problems.append(f"{asked[answer]}: cannot run a task ({first_line(error)})")
+    problems += [f"{asked[answer]}: no answer within {SURVEY_SECONDS:g} s; restart or remove it" for answer in silent]
+    if problems:
+        raise StudyError(problems)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# -- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _room(node: Mapping[str, Any], resources: Mapping[str, float]) -> int:
+    if not node["Alive"]:
+        return 0
+    return min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in resources.items())
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+def _connect(options: Mapping[str, Any], where: str) -> None:
+    try:
+        with kept_signals():
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        raise StudyError([f"{where}: Ray cannot be used ({first_line(error)})"]) from error
+
+
+def _answering(address: str) -> str:
+    """The address as HOST:PORT of a head node that answers, knows our token and this machine.
+
+    Raises:
+        StudyError: it is none.
+    """
+    fault = token_fault() or address_fault(address)
+    if fault is None:
+        found = services.canonicalize_bootstrap_address(address)
+        if found is None:
+            fault = "no cluster is known on this machine; start one or give HOST:PORT of its head node"
+        else:
+            fault = _asked(found)
+    if fault is not None:
+        raise StudyError([f"--address {address}: {fault}"])
+    return str(found)
+
+
+def _asked(address: str) -> str | None:
+    """What keeps this machine from using the cluster; asked in a thread, since Ray's own patience is far too long."""
+    faults: list[str | None] = []
+    thread = threading.Thread(target=lambda: faults.append(_fault_of(address)), daemon=True)
+    thread.start()
+    thread.join(timeout=ANSWER_SECONDS)
+    return faults[0] if faults else f"what listens there does not answer as Ray does within {ANSWER_SECONDS:g} s"
+
+
+def _fault_of(address: str) -> str | None:
+    try:
+        known = {node.hex() for node in GcsClient(address=address).get_all_node_info(timeout=ANSWER_SECONDS)}
+    except ray.exceptions.AuthenticationError:
+        return (
+            "the cluster refuses our token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the token "
+            "that the cluster was started with"
+        )
+    except ray.exceptions.RayError as error:
+        return f"this is no port of a Ray head node ({first_line(error)})"
+    if known.isdisjoint(services.find_node_ids()):
+        return f"this machine is no node of that cluster: run the command on one, or `ray start --address={address}`"
+    return None
+
+
+@contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Ray's and Tune's own output only with -v."""
+    if verbose:
+        yield
+        return
+    for name in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a dead worker is said by the searcher, once
+    told, ray._private.worker.print_to_stdstream = ray._private.worker.print_to_stdstream, _untold
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ray._private.worker.print_to_stdstream = told
+
+
+def _untold(*arguments: Any, **options: Any) -> None:
+    """Ray writes what raylets say of dead workers to standard output, whatever `log_to_driver` says."""

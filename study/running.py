@@ -1,0 +1,194 @@
+"""What `launch.py STUDY` does and says: plan, run, conclude. Imports what is heavy when it comes to it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from study.documents import StudyError
+from study.interrupts import Interrupted, StudyHaltedError, answered_signals
+from study.options import tracking_address
+
+if TYPE_CHECKING:
+    from study.plan import Plan
+    from study.spec import Study
+
+FAILED = 1
+UI_PORT = 5000
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the options of a run say.
+
+    Attributes:
+        folder: of results.
+        tracking_uri: of the ledger; None: the file in the folder.
+        address: of a Ray cluster; None: this machine.
+        timeout: seconds after which a stage counts as hung.
+    """
+
+    folder: Path
+    tracking_uri: str | None = None
+    address: str | None = None
+    executor: str = "ray"
+    sharing: bool = True
+    timeout: float | None = None
+    as_json: bool = False
+    verbose: bool = False
+
+    @property
+    def ledger(self) -> str:
+        """Its address."""
+        return tracking_address(self.tracking_uri, self.folder)
+
+    @property
+    def ledger_options(self) -> str:
+        """The options with which other commands find the ledger and the report."""
+        tracking = f" --tracking-uri {shlex.quote(self.tracking_uri)}" if self.tracking_uri else ""
+        return f"--storage {shlex.quote(str(self.folder))}{tracking}"
+
+
+def run_study(declared: Study, launch: Launch) -> int:
+    """Run what is missing of a study and show its table.
+
+    Returns:
+        exit status: 0 every cell has finished, 1 some have not.
+    """
+    command = "python study/launch.py " + shlex.join(sys.argv[1:])
+    console = Console(stderr=launch.as_json)
+    _silence(launch.verbose)
+    with _stoppable(command, console):
+        planned = _planned(declared, launch, download=True)
+        _require_images(planned)
+        from study.driver import RunOptions, run_plan
+
+        options = RunOptions(
+            launch.folder,
+            command,
+            tracking_uri=launch.tracking_uri,
+            address=launch.address,
+            executor=launch.executor,
+            timeout=launch.timeout,
+            verbose=launch.verbose,
+        )
+        launched = run_plan(planned, options, console)
+        _conclude(declared.name, launch, console)
+    _say_where(launch, launched.ui_path, console)
+    return 0 if launched.complete else FAILED
+
+
+def print_plan(declared: Study, launch: Launch) -> None:
+    """Say what would run and what it costs; nothing is written."""
+    from study.schedule import pending_schedule
+
+    planned = _planned(declared, launch, download=False)
+    pending = pending_schedule(planned, launch.folder).pending_units
+    if launch.as_json:
+        print(json.dumps(planned.as_json() | {"pending_units": pending}, indent=2))
+        return
+    from study.plan_view import plan_table
+
+    Console().print(plan_table(planned, pending))
+
+
+def _planned(declared: Study, launch: Launch, *, download: bool) -> Plan:
+    from study.plan import make_plan
+
+    return make_plan(declared, storage=launch.folder, sharing=launch.sharing, download=download)
+
+
+def _require_images(plan: Plan) -> None:
+    """Refuse images that are missing, or named outside of their folder, before anything is written.
+
+    Raises:
+        StudyError: with every data set that has such.
+    """
+    from trainables.data.index import DataError
+    from trainables.data.registry import locate
+    from trainables.data.tables import root_of
+
+    problems: dict[str, None] = {}
+    located = {(c.cell.settings.dataset.root, c.material.index.digest()): c for c in plan.chains}
+    for (root, _), chain in located.items():
+        index = chain.material.index
+        if not index.synthetic:
+            try:
+                locate(index, root_of(index.dataset, root))
+            except DataError as error:
+                problems[str(error)] = None
+    if problems:
+        raise StudyError(problems)
+
+
+@contextmanager
+def _stoppable(command: str, console: Console) -> Iterator[None]:
+    """Answer Ctrl-C and SIGTERM with the command that goes on, and the exit status of the signal."""
+    try:
+        with answered_signals():
+            yield
+    except Interrupted as stopped:
+        console.print(f"\nstopped by {stopped}; nothing that was finished is lost. To go on:")
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(stopped.status) from None
+
+
+def _conclude(name: str, launch: Launch, console: Console) -> None:
+    from analysis.records import load
+    from analysis.report import terminal_table, write_report
+
+    records = load(launch.ledger, name)
+    with report_at(
+        launch.folder / name / "report", f"python study/launch.py report {name} {launch.ledger_options}"
+    ) as at:
+        paths = write_report(records, at)
+    console.print(terminal_table(records))
+    units = records.header.units
+    saved = units.alone / units.shared if units.shared else 1.0
+    console.print(
+        f"training units: {units.executed:,} executed, {units.shared:,} planned, {units.alone:,} alone ({saved:.2f}×)",
+        highlight=False,
+    )
+    console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
+    if launch.as_json:
+        print(json.dumps({"report": str(paths.html), "units": units.model_dump()}))
+
+
+def _say_where(launch: Launch, ui_path: str, console: Console) -> None:
+    uri = launch.tracking_uri
+    if uri is not None and uri.startswith("http"):
+        console.print(f"MLflow: {uri.rstrip('/')}{ui_path}", highlight=False, soft_wrap=True)
+        return
+    command = f"python study/launch.py ui {launch.ledger_options}"
+    console.print(
+        f"MLflow: {command}\n        then http://127.0.0.1:{UI_PORT}{ui_path}", highlight=False, soft_wrap=True
+    )
+
+
+@contextmanager
+def report_at(place: Path, command: str) -> Iterator[Path]:
+    """A report that cannot be written is one clear message: the results that it shows are safe."""
+    try:
+        yield place
+    except OSError as error:
+        raise StudyHaltedError(
+            f"the report cannot be written: {error.filename or place}: {error.strerror}; every result is in the "
+            f"ledger: make room or the folder writable, then `{command}`"
+        ) from error
+
+
+def _silence(verbose: bool) -> None:
+    """Libraries speak only with -v; our own warnings always."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    for name in ("mlflow", "alembic", "ray", "transformers", "urllib3", "git"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)

@@ -1,0 +1,166 @@
+"""The ablation over several nodes: refused before training where it could not run, and whole when a node dies."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.ray_nodes import RayNode, RayNodes, ray_nodes
+from tests.studies_for_tests import ROOT, TINY, run_study
+from trainables.data.registry import load_index, prepare
+from trainables.settings import DatasetSettings
+
+LAUNCH = [sys.executable, str(ROOT / "study" / "launch.py"), "ablation"]
+SMALL = [part for key, value in TINY.items() for part in ("-o", f"{key}={value}".replace(" ", ""))]
+HASHES = ["weights_sha256", "trajectory_sha256", "best_epoch"]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    with ray_nodes(workers=2) as cluster:
+        yield cluster
+
+
+def launch(
+    storage: Path, address: str, *options: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    command = [*LAUNCH, *SMALL, "--storage", str(storage), "--address", address, *options]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean | (environment or {})
+    )
+
+
+def refusal(process: subprocess.Popen[str], seconds: float) -> str:
+    """What a command says that must end with status 2 within `seconds` of an idle machine, without training."""
+    started = time.monotonic()
+    out, err = process.communicate(timeout=180)
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert process.returncode == 2, out + err
+    assert time.monotonic() - started < seconds * busy
+    assert "Traceback" not in err
+    return " ".join(err.split())
+
+
+# ------------------------------------------------------------------------------------- addresses that cannot be right
+
+
+def test_a_port_where_nobody_listens_is_said_at_once(tmp_path: Path) -> None:
+    said = refusal(launch(tmp_path, "127.0.0.1:9"), 10)
+    assert "error --address 127.0.0.1:9: nothing answers there (Connection refused)" in said
+
+
+@pytest.mark.slow
+def test_a_port_where_something_else_listens_is_said_within_seconds(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        said = refusal(launch(tmp_path, f"127.0.0.1:{listener.getsockname()[1]}"), 15)
+    assert "what listens there does not answer as Ray does" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", ["none", "another", "missing"])
+def test_a_token_that_is_not_the_clusters_is_said_with_where_it_is_set(
+    token: str, nodes: RayNodes, tmp_path: Path
+) -> None:
+    path = tmp_path / "token"
+    if token == "another":
+        path.write_text(secrets.token_hex(32))
+    environment = {} if token == "none" else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    said = refusal(launch(tmp_path / "storage", nodes.address, environment=environment), 10)
+    expected = f"{path} holds none (No such file" if token == "missing" else "the cluster refuses our token"
+    assert f"error --address {nodes.address}: " in said and expected in said
+    assert "RAY_AUTH_TOKEN_PATH" in said
+
+
+@pytest.mark.slow
+def test_resources_that_no_node_has_are_named(nodes: RayNodes, tmp_path: Path) -> None:
+    told = launch(tmp_path, nodes.address, "-o", "execution.cpus=2", environment=nodes.environment)
+    assert "a trial asks for 2 CPU, no node of the cluster has that (in all: 2 CPU)" in refusal(told, 10)
+
+
+# ------------------------------------------------------------------------------------------------- what a node lacks
+
+
+@pytest.fixture
+def blind_node(nodes: RayNodes, tmp_path: Path) -> Iterator[RayNode]:
+    """A node in a name space of its own, where storage, data and one source file are not what they are here."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this user may not make mount name spaces")
+    for name in ("storage", "data"):
+        (tmp_path / name).mkdir()
+    source = ROOT / "trainables" / "ema.py"
+    (tmp_path / "ema.py").write_text(source.read_text() + "\n# another version\n")
+    hidden = [f"mount -t tmpfs none {shlex.quote(str(tmp_path / name))}" for name in ("storage", "data")]
+    hidden.append(f"mount --bind {shlex.quote(str(tmp_path / 'ema.py'))} {shlex.quote(str(source))}")
+    node = nodes.start_worker(["unshare", "-m", "sh", "-c", " && ".join([*hidden, 'exec "$@"']), "sh"])
+    yield node
+    node.end()
+
+
+@pytest.mark.slow
+def test_what_a_node_does_not_see_or_has_differently_is_named_before_training(
+    nodes: RayNodes, blind_node: RayNode, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    settings = DatasetSettings(name="phantom", images=TINY["dataset.images"])
+    drawn = prepare(settings, load_index(settings), tmp_path / "drawing")
+    shutil.copytree(drawn, data, dirs_exist_ok=True)
+    told = launch(
+        tmp_path / "storage",
+        nodes.address,
+        *("--dataset", "chestxray14", "--data-root", str(data), "-o", "dataset.image_size=64"),
+        environment=nodes.environment,
+    )
+    said = refusal(told, 30)
+    problems = said.split("error ")[1:]
+    assert len(problems) == 3, said
+    assert all(problem.startswith(f"node {blind_node.address} (") for problem in problems)
+    assert f"--storage {tmp_path / 'storage'} is another folder there" in problems[0]
+    assert f"data root {data} has 0 entries there, here " in problems[1]
+    assert "the code of this project differs there" in problems[2]
+    assert not any((tmp_path / "storage" / "states").glob("*"))
+
+
+# --------------------------------------------------------------------------------------------------- a node that dies
+
+
+@pytest.mark.slow
+def test_when_a_node_dies_its_stages_go_on_elsewhere_and_every_bit_is_the_same(nodes: RayNodes, tmp_path: Path) -> None:
+    told = launch(tmp_path / "nodes", nodes.address, environment=nodes.environment)
+    try:
+        killed = kill_a_busy_node(nodes, told, tmp_path / "nodes" / "states")
+        out, err = told.communicate(timeout=600)
+    finally:
+        told.kill()
+    assert told.returncode == 0, out + err
+    assert f"its node died ({killed.address})" in " ".join(out.split())
+    cells = pd.read_csv(tmp_path / "nodes" / "ablation" / "report" / "cells.csv").set_index(["row", "seed"])
+    assert set(cells["status"]) == {"FINISHED"}
+    reference = run_study(tmp_path / "here")
+    pd.testing.assert_frame_equal(cells.sort_index()[HASHES], reference.cells()[HASHES])
+
+
+def kill_a_busy_node(nodes: RayNodes, told: subprocess.Popen[str], states: Path) -> RayNode:
+    """Wait until something was trained and both workers train, then kill -9 the manager of one of them."""
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline and told.poll() is None:
+        busy = [node for node in nodes.nodes[1:3] if node.workers("ray::TrialActor.train")]
+        if len(busy) == 2 and any(states.glob("*")):
+            busy[-1].raylet().send_signal(signal.SIGKILL)
+            return busy[-1]
+        time.sleep(0.1)
+    raise AssertionError(f"two nodes never trained at once: {told.poll()}")
