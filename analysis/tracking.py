@@ -100,20 +100,21 @@ def prepare_database(path: Path, create: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             new = Path(folder, path.name)
             create(new)
-            path.unlink(missing_ok=True)  # an empty file
             _move_unless_taken(new, path)
     if not _may_write(path):
         raise LedgerError(f"the database {path} is read-only: choose another storage or allow writing there")
 
 
 def _move_unless_taken(new: Path, path: Path) -> None:
-    """Another driver may have been first, and its database may be in use by now: a link never replaces it."""
+    """Put a database at a path that has none, or an empty file.
+
+    Another driver may have been first, and its database may be in use by now: it must not be replaced.
+    """
     try:
         path.hardlink_to(new)
-    except FileExistsError:
-        return
-    except OSError:  # a file system without hard links
-        new.replace(path)
+    except OSError:  # something is there, or the file system knows no hard links
+        if not path.exists() or path.stat().st_size == 0:
+            new.replace(path)
 
 
 @contextlib.contextmanager

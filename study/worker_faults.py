@@ -61,5 +61,7 @@ def died(request: TrialRequest, report: str) -> Fault:
             f"its worker process{at} was killed or crashed; the kernel kills where memory is short: {lighter(request)}",
             again=True,
         )
+    if "is unavailable" in report:
+        return Fault("its worker cannot be reached any more: its process, its node or the network failed", again=True)
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     return Fault(f"its worker{at} died: {lines[-1] if lines else 'no reason is known'}", again=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -122,7 +123,8 @@ def test_what_a_node_does_not_see_or_has_differently_is_named_before_training(
     told = launch(
         tmp_path / "storage",
         nodes.address,
-        *("--dataset", "chestxray14", "--data-root", str(data), "-o", "dataset.image_size=64"),
+        *("--dataset", "chestxray14", "--data-root", str(data), "--backbone", "tiny-phantom"),
+        *("-o", "dataset.image_size=64", "-o", "optimiser.precision=fp32"),
         environment=nodes.environment,
     )
     said = refusal(told, 30)
@@ -147,7 +149,9 @@ def test_when_a_node_dies_its_stages_go_on_elsewhere_and_every_bit_is_the_same(n
     finally:
         told.kill()
     assert told.returncode == 0, out + err
-    assert f"its node died ({killed.address})" in " ".join(out.split())
+    # Which of the two Ray sees first is chance: the connection to the worker that is gone, or the node.
+    lost = rf"again .* epochs \S+: its (node died \({killed.address}\)|worker cannot be reached any more)"
+    assert re.search(lost, " ".join(out.split()))
     cells = pd.read_csv(tmp_path / "nodes" / "ablation" / "report" / "cells.csv").set_index(["row", "seed"])
     assert set(cells["status"]) == {"FINISHED"}
     reference = run_study(tmp_path / "here")

@@ -169,6 +169,30 @@ def test_a_database_that_another_driver_made_meanwhile_is_not_replaced(tmp_path:
     assert theirs.read_text() == "theirs"
 
 
+def test_two_drivers_that_find_no_database_make_one_that_both_write_to(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    samples = [Sample(name=name, rows=ROWS[:1]) for name in ("one", "other")]
+    script = (
+        "import sys; from pathlib import Path; from tests.ledger_samples import *\n"
+        "run_study(Ledger(sys.argv[1]), Sample(name=sys.argv[2], rows=ROWS[:1]))\n"
+    )
+    root = Path(__file__).parents[2]
+    drivers = [
+        subprocess.Popen([sys.executable, "-c", script, uri, sample.name], cwd=root, stderr=subprocess.PIPE)
+        for sample in samples
+    ]
+    said = [driver.communicate(timeout=300)[1] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], said
+    for sample in samples:
+        assert load(uri, sample.name).cells["status"].eq("FINISHED").all()
+
+
+def test_an_empty_file_in_place_of_the_database_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").touch()
+    run_study(Ledger(f"sqlite:///{tmp_path / 'mlflow.db'}"), Sample())
+    assert load(f"sqlite:///{tmp_path / 'mlflow.db'}", "ablation").cells["status"].eq("FINISHED").all()
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 

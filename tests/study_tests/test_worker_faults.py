@@ -28,6 +28,8 @@ NODE_DIED = """The actor died unexpectedly before finishing this task.
 \tip: 127.0.0.4
 The actor died because its node has died. Node Id: 9069bff4
 \tthe actor's node was terminated unexpectedly: health check failed."""
+UNREACHABLE = """The actor 2ddc68b6 is unavailable: The actor is temporarily unavailable: RpcError: RPC error: Socket \
+closed rpc_code: 14. The task may or may not have been executed on the actor."""
 NO_CODE = """The actor died because of an error raised in its creation task, \x1b[36mray::TrialActor\x1b[39m
 ModuleNotFoundError: No module named 'study'"""
 
@@ -60,6 +62,7 @@ def test_on_a_gpu_the_share_of_it_is_what_to_change(request_of_a_trial: TrialReq
     [
         (KILLED, "its worker process on 192.0.2.2 was killed or crashed; the kernel kills where memory is short: a "),
         (NODE_DIED, "its node died (127.0.0.4)"),
+        (UNREACHABLE, "its worker cannot be reached any more: its process, its node or the network failed"),
         (NO_CODE, "its worker died: ModuleNotFoundError: No module named 'study'"),
         ("", "its worker died: no reason is known"),
     ],
