@@ -282,8 +282,6 @@ def main() -> None:
         if type(error).__name__ not in ("DataError", "BackboneError", "LedgerError"):
             raise  # a fault of ours: its place must not be lost
         _refuse(str(error).split("\n"))
-    finally:
-        gc.freeze()  # or Python looks through all objects of torch and MLflow for cycles before it ends: seconds
     raise SystemExit(status or 0)
 
 

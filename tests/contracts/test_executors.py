@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -227,24 +224,6 @@ def test_an_epoch_that_waits_for_ever_in_this_process_is_interrupted_where_it_st
     assert heard.reasons[-1].startswith("epoch 2 of 'ablation: always")
     assert re.search(r"test_executors.py, line \d+, in .*wait_for_ever", heard.reasons[-1])
     assert heard.reasons[-1].endswith("(given up after 2 attempts)")
-
-
-@pytest.mark.slow
-def test_workers_that_the_memory_monitor_ends_are_replaced_and_the_study_goes_on(tmp_path: Path) -> None:
-    """Ray ends workers while the memory of their node is short, whoever uses it: here this process, for a while."""
-    if psutil.virtual_memory().available < 10 * GB:
-        pytest.skip("needs 10 GB of free memory to run short of it")
-    script = [sys.executable, str(Path(__file__).parent / "short_of_memory.py"), str(tmp_path / "a")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["complete"]
-    short = [r for r in told["reasons"] if "was killed because its node ran out of memory" in r]
-    assert short and re.search(
-        r"\(\S+ of \S+ GB in use, \S+ GB of it by the worker\): a batch is 32 images of 64 px", short[0]
-    )
-    local = execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")[2]
-    assert told["digests"] == digests(local)
 
 
 @pytest.mark.slow
