@@ -31,7 +31,6 @@ from trainables.results import EpochRecord
 ONE_SEED = {**TINY, "seeds": [0]}
 HANG_SECONDS = 30  # for set-ups and epochs of a second or two, also on a machine that is busy with other things
 RATES = {"never": 1e-5, "once": 1e-6, "always": 1e-7}
-GB = 1_000_000_000
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTORS = ["local", pytest.param("ray", marks=pytest.mark.slow)]
 
