@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 PLAIN_SECONDS = 30.0  # without a terminal: between two lines on trials that are running
+MEASURED = 0.05  # of the units: before, set-up and caches take the time, and an estimate would be days too long
 
 
 class Progress:
@@ -104,7 +105,7 @@ class Progress:
     def _left(self) -> str:
         total = sum(node.units for node in self._schedule.nodes if node.status != "skipped")
         elapsed = time.monotonic() - self._started
-        if self._done_units <= 0 or total <= 0:
+        if total <= 0 or self._done_units < MEASURED * total:
             return "time left: measuring"
         seconds = max(0.0, elapsed * (total / self._done_units - 1))
         return f"about {_clock(seconds)} left"

@@ -95,23 +95,30 @@ def survey(schedule: Schedule, store: Store, resources: Mapping[str, float]) -> 
     encoders = dict.fromkeys(s.model.backbone for s in settings)
     cloudpickle.register_pickle_by_value(node_survey)  # the project may be missing there
     ask = ray.remote(num_cpus=0, max_retries=0)(node_survey.look)
-    problems = []
+    faults: dict[str, list[str]] = {}
     with node_survey.wanted(store.root, data, encoders) as wanted:
         asked = {}
         for node in ray.nodes():
             if _room(node, resources):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                asked[ask.options(scheduling_strategy=there).remote(wanted)] = _name(node)
+                asked[ask.options(scheduling_strategy=there).remote(wanted)] = node
         here = node_survey.look(wanted)
         answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
         for answer in answered:
+            name = _name(asked[answer])
             try:
-                problems += node_survey.differences(asked[answer], wanted, here, ray.get(answer))
+                found = node_survey.differences(name, wanted, here, ray.get(answer))
             except ray.exceptions.RayError as error:
-                problems.append(f"{asked[answer]}: cannot run a task ({first_line(error)})")
-    problems += [f"{asked[answer]}: no answer within {SURVEY_SECONDS:g} s; restart or remove it" for answer in silent]
+                found = [f"{name}: cannot run a task ({first_line(error)})"]
+            faults[asked[answer]["NodeID"]] = found
+    for answer in silent:
+        said = f"{_name(asked[answer])}: no answer within {SURVEY_SECONDS:g} s; restart or remove it"
+        faults[asked[answer]["NodeID"]] = [said]
+    left = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # one that died meanwhile is nobody's fault
+    problems = [fault for node, found in faults.items() if node in left for fault in found]
     if problems:
         raise StudyError(problems)
+    require_slots(resources)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -34,32 +36,59 @@ def nodes() -> Iterator[RayNodes]:
         yield cluster
 
 
-def launch(
-    storage: Path, address: str, *options: str, environment: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
-    command = [*LAUNCH, *SMALL, "--storage", str(storage), "--address", address, *options]
+@dataclass(frozen=True)
+class Told:
+    """A command that runs, and what it has said so far."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def words(self) -> str:
+        """Both streams, without the line breaks of a terminal."""
+        return " ".join(self.log.read_text().split())
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 400) -> None:
+        """Wait until something holds while the command runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.words
+            time.sleep(0.1)
+
+
+@contextmanager
+def launched(folder: Path, address: str, *options: str, environment: dict[str, str] | None = None) -> Iterator[Told]:
+    """The ablation over a cluster, with its storage in `folder`; ended with the body."""
+    command = [*LAUNCH, *SMALL, "--storage", str(folder / "storage"), "--address", address, *options]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean | (environment or {})
-    )
+    log = folder / "log.txt"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=clean | (environment or {}))
+    try:
+        yield Told(process, log)
+    finally:
+        process.kill()
+        process.wait()
 
 
-def refusal(process: subprocess.Popen[str], seconds: float) -> str:
+def refusal(folder: Path, address: str, *options: str, seconds: float, **environment: dict[str, str]) -> str:
     """What a command says that must end with status 2 within `seconds` of an idle machine, without training."""
     started = time.monotonic()
-    out, err = process.communicate(timeout=180)
+    with launched(folder, address, *options, **environment) as told:
+        told.process.wait(timeout=180)
     busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    assert process.returncode == 2, out + err
+    assert told.process.returncode == 2, told.words
     assert time.monotonic() - started < seconds * busy
-    assert "Traceback" not in err
-    return " ".join(err.split())
+    assert "Traceback" not in told.words
+    assert not any((folder / "storage" / "states").glob("*"))
+    return told.words
 
 
 # ------------------------------------------------------------------------------------- addresses that cannot be right
 
 
 def test_a_port_where_nobody_listens_is_said_at_once(tmp_path: Path) -> None:
-    said = refusal(launch(tmp_path, "127.0.0.1:9"), 10)
+    said = refusal(tmp_path, "127.0.0.1:9", seconds=10)
     assert "error --address 127.0.0.1:9: nothing answers there (Connection refused)" in said
 
 
@@ -68,7 +97,7 @@ def test_a_port_where_something_else_listens_is_said_within_seconds(tmp_path: Pa
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        said = refusal(launch(tmp_path, f"127.0.0.1:{listener.getsockname()[1]}"), 15)
+        said = refusal(tmp_path, f"127.0.0.1:{listener.getsockname()[1]}", seconds=10)
     assert "what listens there does not answer as Ray does" in said
 
 
@@ -81,7 +110,7 @@ def test_a_token_that_is_not_the_clusters_is_said_with_where_it_is_set(
     if token == "another":
         path.write_text(secrets.token_hex(32))
     environment = {} if token == "none" else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-    said = refusal(launch(tmp_path / "storage", nodes.address, environment=environment), 10)
+    said = refusal(tmp_path, nodes.address, environment=environment, seconds=10)
     expected = f"{path} holds none (No such file" if token == "missing" else "the cluster refuses our token"
     assert f"error --address {nodes.address}: " in said and expected in said
     assert "RAY_AUTH_TOKEN_PATH" in said
@@ -89,8 +118,8 @@ def test_a_token_that_is_not_the_clusters_is_said_with_where_it_is_set(
 
 @pytest.mark.slow
 def test_resources_that_no_node_has_are_named(nodes: RayNodes, tmp_path: Path) -> None:
-    told = launch(tmp_path, nodes.address, "-o", "execution.cpus=2", environment=nodes.environment)
-    assert "a trial asks for 2 CPU, no node of the cluster has that (in all: 2 CPU)" in refusal(told, 10)
+    said = refusal(tmp_path, nodes.address, "-o", "execution.cpus=2", environment=nodes.environment, seconds=10)
+    assert "a trial asks for 2 CPU, no node of the cluster has that (in all: 2 CPU)" in said
 
 
 # ------------------------------------------------------------------------------------------------- what a node lacks
@@ -120,51 +149,50 @@ def test_what_a_node_does_not_see_or_has_differently_is_named_before_training(
     settings = DatasetSettings(name="phantom", images=TINY["dataset.images"])
     drawn = prepare(settings, load_index(settings), tmp_path / "drawing")
     shutil.copytree(drawn, data, dirs_exist_ok=True)
-    told = launch(
-        tmp_path / "storage",
+    said = refusal(
+        tmp_path,
         nodes.address,
         *("--dataset", "chestxray14", "--data-root", str(data), "--backbone", "tiny-phantom"),
         *("-o", "dataset.image_size=64", "-o", "optimiser.precision=fp32"),
         environment=nodes.environment,
+        seconds=30,
     )
-    said = refusal(told, 30)
     problems = said.split("error ")[1:]
     assert len(problems) == 3, said
     assert all(problem.startswith(f"node {blind_node.address} (") for problem in problems)
     assert f"--storage {tmp_path / 'storage'} is another folder there" in problems[0]
     assert f"data root {data} has 0 entries there, here " in problems[1]
     assert "the code of this project differs there" in problems[2]
-    assert not any((tmp_path / "storage" / "states").glob("*"))
 
 
-# --------------------------------------------------------------------------------------------------- a node that dies
+# ---------------------------------------------------------------------------------------------------- nodes that die
 
 
 @pytest.mark.slow
-def test_when_a_node_dies_its_stages_go_on_elsewhere_and_every_bit_is_the_same(nodes: RayNodes, tmp_path: Path) -> None:
-    told = launch(tmp_path / "nodes", nodes.address, environment=nodes.environment)
-    try:
-        killed = kill_a_busy_node(nodes, told, tmp_path / "nodes" / "states")
-        out, err = told.communicate(timeout=600)
-    finally:
-        told.kill()
-    assert told.returncode == 0, out + err
+def test_when_nodes_die_their_stages_go_on_elsewhere_and_every_bit_is_the_same(nodes: RayNodes, tmp_path: Path) -> None:
+    """One node dies while both train, later the other one too, and a new one comes."""
+    one, other = nodes.nodes[1:3]
+    states = tmp_path / "storage" / "states"
+    with launched(tmp_path, nodes.address, environment=nodes.environment) as told:
+        told.wait_for(lambda: any(states.glob("*")) and trains(one) and trains(other))
+        one.raylet().send_signal(signal.SIGKILL)
+        told.wait_for(lambda: "again ablation: " in told.words)
+        ended = told.words.count("ended: ")
+        told.wait_for(lambda: told.words.count("ended: ") > ended and trains(other))
+        other.raylet().send_signal(signal.SIGKILL)
+        told.wait_for(lambda: "no node is left that can hold a trial; waiting for one" in told.words)
+        nodes.start_worker()
+        told.process.wait(timeout=600)
+    assert told.process.returncode == 0, told.words
     # Which of the two Ray sees first is chance: the connection to the worker that is gone, or the node.
-    lost = rf"again .* epochs \S+: its (node died \({killed.address}\)|worker cannot be reached any more)"
-    assert re.search(lost, " ".join(out.split()))
-    cells = pd.read_csv(tmp_path / "nodes" / "ablation" / "report" / "cells.csv").set_index(["row", "seed"])
+    lost = r"again ablation: .*? epochs \S+: its (node died \(127\.0\.0\.[34]\)|worker cannot be reached any more)"
+    assert len(re.findall(lost, told.words)) >= 2, told.words
+    cells = pd.read_csv(tmp_path / "storage" / "ablation" / "report" / "cells.csv").set_index(["row", "seed"])
     assert set(cells["status"]) == {"FINISHED"}
     reference = run_study(tmp_path / "here")
     pd.testing.assert_frame_equal(cells.sort_index()[HASHES], reference.cells()[HASHES])
 
 
-def kill_a_busy_node(nodes: RayNodes, told: subprocess.Popen[str], states: Path) -> RayNode:
-    """Wait until something was trained and both workers train, then kill -9 the manager of one of them."""
-    deadline = time.monotonic() + 400
-    while time.monotonic() < deadline and told.poll() is None:
-        busy = [node for node in nodes.nodes[1:3] if node.workers("ray::TrialActor.train")]
-        if len(busy) == 2 and any(states.glob("*")):
-            busy[-1].raylet().send_signal(signal.SIGKILL)
-            return busy[-1]
-        time.sleep(0.1)
-    raise AssertionError(f"two nodes never trained at once: {told.poll()}")
+def trains(node: RayNode) -> bool:
+    """Whether a trial runs on a node."""
+    return bool(node.workers("ray::TrialActor.train"))

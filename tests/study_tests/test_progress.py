@@ -87,6 +87,22 @@ def test_a_log_hears_of_a_long_trial_twice_a_minute_and_not_of_every_epoch(
     assert all("epoch " in line and "val macro_auc 0.712" in line and " left" in line for line in lines)
 
 
+def test_the_time_left_is_told_once_a_twentieth_of_the_units_is_done(schedule: Schedule, clock: list[float]) -> None:
+    for node in schedule.nodes:
+        node.units = 1 if node.children else 100
+    total = sum(node.units for node in schedule.nodes)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    progress = Progress(console, schedule, "macro_auc")
+    heads = [take(schedule, progress) for node in schedule.nodes if node.children]
+    for node in heads:
+        finish(schedule, progress, node)
+    clock[0] += 100
+    assert "time left: measuring" in shown(console, progress)  # 100 s for hardly any units say nothing of the rest
+    finish(schedule, progress, take(schedule, progress))
+    left = int(100 * (total / (len(heads) + 100) - 1))
+    assert f"about {left // 60}:{left % 60:02d} left" in shown(console, progress)
+
+
 def test_notes_restarts_and_failures_are_whole_lines_that_name_the_trial(schedule: Schedule) -> None:
     out = io.StringIO()
     reason = "its worker died: " + "x" * 100
@@ -113,7 +129,7 @@ def test_the_display_fits_eighty_columns_with_one_line_a_running_trial(schedule:
     lines = shown(console, progress).splitlines()
     assert len(lines) == 3
     assert all(len(line) <= 80 for line in lines)
-    assert f"0/{len(schedule.nodes)} trials · 1:01 · about " in lines[0]
+    assert f"0/{len(schedule.nodes)} trials · 1:01 · time left: " in lines[0]
     assert f"epoch {first.request.first + 1}/{first.request.last}, val macro_auc 0.712" in lines[1]
     assert lines[1].rstrip().endswith("…")
     assert second.request.first == 0
