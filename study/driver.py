@@ -12,9 +12,8 @@ from typing import NamedTuple
 from rich.console import Console
 
 from analysis.schema import StudyHeader
-from study.chains import Chain
+from study.chains import Chain, the_task
 from study.declare import (
-    MAIN_METRIC,
     cell_headers,
     counted_units,
     epochs_of,
@@ -75,8 +74,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console) -> Launched:
     schedule = session.schedule()
     if schedule.nodes:
         executor = _executor(plan, options, store)
-        metric = MAIN_METRIC[plan.study.rows[0].settings[plan.study.datasets[0]].task]
-        with Progress(console, schedule, metric) as progress:
+        with Progress(console, schedule, the_task(plan.study).main_metric) as progress:
             session.watch(schedule, progress)
             try:
                 executor.run(schedule, store, session)

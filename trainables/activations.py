@@ -135,7 +135,8 @@ class Activations:
 
     def _cached_rows(self, position: int) -> Rows:
         """Pooled vectors are small, so the test split has them too; tokens are kept for what is read every epoch."""
-        splits = ("train", "val", "test") if position == self._task.costs.features else ("train", "val")
+        costs = self._task.costs
+        splits = ("train", "val", "test") if costs.pooled and position == costs.features else ("train", "val")
         return np.sort(np.concatenate([self._task.rows(s) for s in splits]))
 
     def _open(self, model: StagedModel, position: int) -> PrefixCache:

@@ -95,7 +95,7 @@ class PooledViT(nn.Module):
             x = self.encoder.layernorm(x)[:, 1:].mean(dim=1)
         return x
 
-    def predict(self, features: Tensor) -> Tensor:
+    def predict(self, features: Tensor, side: None = None) -> Tensor:
         """(B, H) features → (B, C) logits."""
         logits: Tensor = self.classifier(features)
         return logits

@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Fit = Literal["crop", "squash"]
+from trainables.data.placing import Fit, place
+
+LETTERBOX_GREY = 114  # what YOLO and RT-DETR were pretrained with around their images
 
 # What Pillow's decoders raise on files that are damaged, foreign or too large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -23,7 +24,8 @@ def decode(path: Path, image_size: int, fit: Fit, channels: int) -> npt.NDArray[
     Args:
         path: PNG, JPEG or anything else Pillow reads.
         image_size: S, px.
-        fit: 'crop': the centre square of the image, scaled to S; 'squash': the whole image, both sides scaled to S.
+        fit: 'crop': the centre square of the image, scaled to S; 'squash': the whole image, both sides scaled to S;
+            'letterbox': the whole image, its longer side scaled to S, on grey.
         channels: 1: grey (colour is reduced to luminance); 3: RGB (grey is repeated).
 
     Returns:
@@ -34,11 +36,23 @@ def decode(path: Path, image_size: int, fit: Fit, channels: int) -> npt.NDArray[
     """
     with Image.open(path) as image:
         plain = _eight_bits(image, "L" if channels == 1 else "RGB")
-    if plain.size != (image_size, image_size):
+    if fit == "letterbox":
+        plain = _letterboxed(plain, image_size)
+    elif plain.size != (image_size, image_size):
         box = _centre_square(*plain.size) if fit == "crop" else None
         # reducing_gap: large images are first halved by whole factors; indistinguishable from a full-size filter at 3.
         plain = plain.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     return np.asarray(plain).reshape(image_size, image_size, channels)
+
+
+def _letterboxed(image: Image.Image, image_size: int) -> Image.Image:
+    left, top, width, height = map(int, place(*image.size, image_size, "letterbox"))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    grey = (LETTERBOX_GREY,) * len(image.getbands())
+    square = Image.new(image.mode, (image_size, image_size), grey if len(grey) > 1 else grey[0])
+    square.paste(image, (left, top))
+    return square
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:

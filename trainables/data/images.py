@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from trainables.data.decode import UNREADABLE, Fit, decode
+from trainables.data.decode import UNREADABLE, decode
 from trainables.data.index import DataError, Index
+from trainables.data.placing import Fit
 from trainables.data.registry import locate
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class ImageCache:
             index: whose images, in its order.
             root: folder of the data set.
             image_size: S, px.
-            fit: 'crop' scales the shorter side to S and takes the centre; 'squash' scales both sides to S.
+            fit: 'crop' scales the shorter side to S and takes the centre; 'squash' scales both sides to S;
+                'letterbox' the longer side, the rest is grey.
             folder: of all caches.
             workers: threads that decode.
 

@@ -22,10 +22,15 @@ class Folders:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, ready to be read."""
+    """A data set, ready to be read.
+
+    Attributes:
+        root: folder of its files, drawn or distributed: where boxes and masks lie.
+    """
 
     index: Index
     images: ImageCache
+    root: Path
 
 
 def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) -> Data:
@@ -39,4 +44,4 @@ def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) 
     images = ImageCache.open(
         index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers
     )
-    return Data(index, images)
+    return Data(index, images, root)
