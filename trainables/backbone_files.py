@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,22 @@ ARCHITECTURES = ("dinov2",)
 
 class BackboneError(ValueError):
     """The backbone cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model in transformers' layout.
+
+    Attributes:
+        folder: where they lie; None for a hub id whose weights are not downloaded yet.
+        config_file, config: config.json and what it holds.
+        processor: what preprocessor_config.json holds, nothing where there is none.
+    """
+
+    folder: Path | None
+    config_file: Path
+    config: dict[str, Any]
+    processor: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,42 +79,72 @@ def find_backbone(name: str, *, download: bool = False) -> Backbone:
         BackboneError: no such folder, missing or unreadable files, an architecture that is not supported, or a hub id
             that can be neither found in the cache nor fetched.
     """
-    folder = SHIPPED.get(name) or (Path(name) if Path(name).is_dir() else None)
-    if folder is None:
-        folder, config_file, preprocessor_file = _from_hub(name, download)
-    else:
-        config_file, preprocessor_file = folder / CONFIG, folder / PREPROCESSOR
-        if not (folder / WEIGHTS).is_file():
-            raise BackboneError(f"backbone {name!r}: no {WEIGHTS} in {folder}; save it with save_pretrained()")
-    config = _json(config_file)
-    _check_architecture(name, config)
-    processor = _json(preprocessor_file) if preprocessor_file and preprocessor_file.is_file() else {}
+    files = model_files(name, SHIPPED, download=download, architectures=ARCHITECTURES)
+    missing = [key for key in ("hidden_size", "num_hidden_layers") if key not in files.config]
+    if missing:
+        raise BackboneError(f"backbone {name!r}: {CONFIG} has no {', '.join(missing)}")
+    mean, std = pixel_statistics(files.processor)
     return Backbone(
         name=name,
-        folder=folder,
-        hidden=int(config["hidden_size"]),
-        layers=int(config["num_hidden_layers"]),
-        mlp_ratio=float(config.get("mlp_ratio", 4)),
-        patch=int(config.get("patch_size", 14)),
-        mean=_triple(processor.get("image_mean", (0.485, 0.456, 0.406))),
-        std=_triple(processor.get("image_std", (0.229, 0.224, 0.225))),
+        folder=files.folder,
+        hidden=int(files.config["hidden_size"]),
+        layers=int(files.config["num_hidden_layers"]),
+        mlp_ratio=float(files.config.get("mlp_ratio", 4)),
+        patch=int(files.config.get("patch_size", 14)),
+        mean=mean,
+        std=std,
     )
 
 
-def _check_architecture(name: str, config: dict[str, Any]) -> None:
+def model_files(
+    name: str,
+    shipped: Mapping[str, Path],
+    *,
+    download: bool,
+    architectures: Sequence[str],
+    weights: bool = True,
+) -> ModelFiles:
+    """Find and read the files of a model in transformers' layout.
+
+    Args:
+        name: a name of `shipped`, a folder, or a hub id 'owner/name'.
+        shipped: name → folder of what comes with the project.
+        download: fetch a hub id's weights when they are not in the local cache.
+        architectures: values of model_type that will do.
+        weights: whether a folder must hold weights.
+
+    Raises:
+        BackboneError: no such folder, missing or unreadable files, another architecture, or a hub id that can be
+            neither found in the cache nor fetched.
+    """
+    folder = shipped.get(name) or (Path(name) if Path(name).is_dir() else None)
+    if folder is None:
+        folder, config_file, preprocessor_file = _from_hub(name, download, shipped)
+    else:
+        config_file, preprocessor_file = folder / CONFIG, folder / PREPROCESSOR
+        if weights and not (folder / WEIGHTS).is_file():
+            raise BackboneError(f"backbone {name!r}: no {WEIGHTS} in {folder}; save it with save_pretrained()")
+    config = _json(config_file)
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise BackboneError(f"backbone {name!r}: architecture {kind!r}; expected one of {', '.join(ARCHITECTURES)}")
-    missing = [key for key in ("hidden_size", "num_hidden_layers") if key not in config]
-    if missing:
-        raise BackboneError(f"backbone {name!r}: {CONFIG} has no {', '.join(missing)}")
+    if kind not in architectures:
+        raise BackboneError(f"backbone {name!r}: architecture {kind!r}; expected one of {', '.join(architectures)}")
+    processor = _json(preprocessor_file) if preprocessor_file and preprocessor_file.is_file() else {}
+    return ModelFiles(folder, config_file, config, processor)
 
 
-def _from_hub(name: str, download: bool) -> tuple[Path | None, Path, Path | None]:
+def pixel_statistics(processor: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a model takes, 3 values each in [0, 1]; ImageNet's where its files say none."""
+    return (
+        _triple(processor.get("image_mean", (0.485, 0.456, 0.406))),
+        _triple(processor.get("image_std", (0.229, 0.224, 0.225))),
+    )
+
+
+def _from_hub(name: str, download: bool, shipped: Iterable[str]) -> tuple[Path | None, Path, Path | None]:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_like_path:
-        shipped = ", ".join(SHIPPED)
-        raise BackboneError(f"backbone {name!r}: no such folder; expected a folder, a hub id owner/name, or {shipped}")
+        ours = ", ".join(shipped)
+        raise BackboneError(f"backbone {name!r}: no such folder; expected a folder, a hub id owner/name, or {ours}")
     config = _hub_file(name, CONFIG, fetch=True)
     if config is None:
         raise BackboneError(f"backbone {name!r}: the hub has no {CONFIG} for it")
