@@ -16,11 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from study.documents import StudyError
 from study.spec import Cell, Execution, Study
 from trainables.backbone_files import BackboneError
 from trainables.costs import Costs
-from trainables.data.index import DataError, Index
+from trainables.data.index import SPLITS, DataError, Index
 from trainables.data.registry import load_index
 from trainables.requests import Compute, Observer
 from trainables.settings import ONLY_IN_TASK, DatasetSettings, Settings
@@ -40,6 +43,7 @@ class Material:
     model: ModelFacts
     classes: tuple[str, ...]
     targets_digest: str
+    annotated: npt.NDArray[np.bool_] | None  # images that take part; None: all
 
     @property
     def costs(self) -> Costs:
@@ -47,9 +51,17 @@ class Material:
         return self.model.costs
 
     @cached_property
+    def images(self) -> dict[str, int]:
+        """Split → images of it that take part."""
+        counted = {split: self.index.rows(split) for split in SPLITS}
+        if self.annotated is not None:
+            counted = {split: rows[self.annotated[rows]] for split, rows in counted.items()}
+        return {split: len(rows) for split, rows in counted.items()}
+
+    @property
     def train_images(self) -> int:
-        """Images of the training split."""
-        return len(self.index.rows("train"))
+        """Images of the training split that take part."""
+        return self.images["train"]
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ def _material(settings: Settings, storage: Path, download: bool) -> Material:
     unknown = [name for name in settings.weighting.boosts if name not in (*classes, *index.classes, *index.dropped)]
     if unknown:
         raise StudyError([f"weighting.boosts: {index.dataset} has no class {', '.join(unknown)}"])
-    return Material(index, model, classes, kind.targets_digest(settings, index))
+    return Material(index, model, classes, kind.targets_digest(settings, index), kind.annotated(settings, index))
 
 
 @cache

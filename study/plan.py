@@ -251,11 +251,11 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
 
 
 def _cache(chain: Chain, identity: str, position: int, users: tuple[str, ...], execution: Execution) -> Cache:
-    costs, index = chain.material.costs, chain.material.index
+    costs, material = chain.material.costs, chain.material
     pooled = costs.pooled and position == costs.features
-    images = len(index) if pooled else len(index) - len(index.rows("test"))
+    images = sum(material.images.values()) if pooled else material.images["train"] + material.images["val"]
     size = 4 if execution.cache_dtype == "float32" else 2
-    build = chain.material.train_images * costs.forward(IMAGES, position)
+    build = material.train_images * costs.forward(IMAGES, position)
     return Cache(identity, position, build, images * costs.values(position) * size, users, pooled)
 
 

@@ -184,11 +184,11 @@ class Trajectory:
         return loss.detach()
 
     def _forward(self, rows: Rows, *, training: bool) -> tuple[Outputs, int]:
-        x, start = self._activations.fetch(self.model, rows)
+        fetched = self._activations.fetch(self.model, rows)
         side = self.task.side_inputs(rows, self.device, training=training)
         with autocast(self._compute):
-            features = self.model.advance(x, start, self.task.costs.features)
-            return self.model.predict(features, side), start
+            features = self.model.advance(fetched.values, fetched.position, self.task.costs.features)
+            return self.model.predict(features, side), fetched.start
 
     def _validate(self, now: Phase) -> dict[str, float]:
         """Validation metrics of the raw weights and of each copy; refines the class weights by the raw ones."""

@@ -55,7 +55,8 @@ class ModelSettings(Frozen):
     backbone: str = Field(
         "tiny-phantom",
         description="classification: `tiny-phantom` (shipped), a hub id such as microsoft/rad-dino, or a folder; "
-        "detection: yolov8n … yolov8x, rtdetr-l, rtdetr-x, or a model's YAML file",
+        "detection: yolov8n … yolov8x, rtdetr-l, rtdetr-x, or a model's YAML file; segmentation: tiny-sam2 "
+        "(weights drawn from a fixed seed, untrained), a hub id such as facebook/sam2.1-hiera-tiny, or a folder",
     )
     head_hidden: int = Field(512, ge=1, description="classification: width of the head's two hidden layers")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -73,6 +74,11 @@ class DetectionSettings(Frozen):
         description="file that the detector starts from: .pt of ultralytics, or .safetensors with the same names; "
         "null: drawn at random, the backbone the same for every seed",
     )
+    boxes: str | None = Field(
+        None,
+        description="COCO json file with the boxes, absolute or relative to the data set's folder; null: the data "
+        "set's own list",
+    )
     box_gain: Annotated[float, Field(ge=0)] = Field(7.5, description="YOLO: factor of the box loss")
     class_gain: Annotated[float, Field(ge=0)] = Field(0.5, description="YOLO: factor of the classification loss")
     dfl_gain: Annotated[float, Field(ge=0)] = Field(1.5, description="YOLO: factor of the distribution focal loss")
@@ -84,7 +90,37 @@ class DetectionSettings(Frozen):
 
 
 class SegmentationSettings(Frozen):
-    """What segmenters have beside a backbone."""
+    """What segmenters have beside a backbone: structures and their masks, training prompts, gains of the loss."""
+
+    structures: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("left_lung", "right_lung", "heart"), description="what is segmented; left and right are the patient's"
+    )
+    masks: str | None = Field(
+        None,
+        description="CheXmask's table of run-length codes, absolute or relative to dataset.root; null: image files "
+        "masks/STRUCTURE/NAME.png there",
+    )
+    min_mask_quality: Fraction = Field(
+        0.7, description="CheXmask: masks whose Dice RCA (Mean) is lower count neither in training nor in evaluation"
+    )
+    prompt: Literal["box", "point"] = Field(
+        "box", description="prompt drawn from the masks, for training and for the labelled oracle metrics"
+    )
+    prompt_noise: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.1, description="box: standard deviation of each side's shift in training, as a share of the box's side"
+    )
+    focal_gain: Annotated[float, Field(ge=0)] = Field(20.0, description="factor of the focal loss")
+    dice_gain: Annotated[float, Field(ge=0)] = Field(1.0, description="factor of the Dice loss")
+    focal_alpha: Fraction = Field(0.25, description="α: weight of the pixels inside; 1 − α outside")
+    focal_gamma: Annotated[float, Field(ge=0)] = Field(2.0, description="γ: how little well predicted pixels count")
+
+    @field_validator("structures")
+    @classmethod
+    def _structures_differ(cls, structures: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in structures if structures.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} given twice")
+        return structures
 
 
 class OptimiserSettings(Frozen):

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from trainables.costs import Costs
 from trainables.data.index import Index
 from trainables.settings import Settings
@@ -42,6 +45,15 @@ class ModelFacts:
     costs: Costs
 
 
+def images_alone(settings: Settings, data: Data) -> str:
+    """Digest of the decoded images: all that is decoded where boxes or labels are read from tables."""
+    return data.images.contents_digest
+
+
+def every_image(settings: Settings, index: Index) -> None:
+    """All images of the index take part."""
+
+
 @dataclass(frozen=True)
 class TaskKind:
     """One of the tasks that the strategy serves.
@@ -56,6 +68,10 @@ class TaskKind:
         targets_digest: (settings, index) → digest of the boxes or masks, which the index's own digest does not cover.
         notes: settings → what a reader of a table must know about how the task is measured.
         open: (settings, data) → the task, ready to train; imports torch.
+        annotated: (settings, index) → (N,) whether an image has what the task learns from and is measured by; images
+            without take no part. None: all have.
+        contents: (settings, data) → digest of all that is decoded once, masks too where the task has them; decodes what
+            is not yet, and raises DataError for files that cannot be used.
     """
 
     main_metric: str
@@ -65,3 +81,5 @@ class TaskKind:
     targets_digest: Callable[[Settings, Index], str]
     notes: Callable[[Settings], tuple[str, ...]]
     open: Callable[[Settings, Data], Task]
+    contents: Callable[[Settings, Data], str] = images_alone
+    annotated: Callable[[Settings, Index], npt.NDArray[np.bool_] | None] = every_image
