@@ -35,6 +35,7 @@ from trainables.cache_files import cache_name, record_of, release
 from trainables.data.index import DataError
 from trainables.data.opened import Folders, open_data
 from trainables.results import CellResult, EpochRecord
+from trainables.tasks import TASKS
 
 FLUSH_SECONDS = 5.0  # metrics of running cells reach the ledger at least this often
 
@@ -224,20 +225,20 @@ class Session:
 
 
 def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
-    """Draw, decode and check every data set once; cache identity → digest of its images' contents."""
+    """Draw, decode and check every data set once; cache identity → digest of the contents of its images and masks."""
     contents: dict[str, str] = {}
     opened: dict[str, str] = {}
     problems: list[str] = []
     folders = Folders(store.phantoms, store.images, store.splits)
     for chain in plan.chains:
-        settings = chain.cell.settings.dataset
-        at = settings.model_dump_json()
+        settings = chain.cell.settings
+        at = settings.model_dump_json(include={"task", "dataset", "segmentation"})
         if at not in opened:
             try:
                 if plan.images_to_decode:
-                    console.print(f"preparing {settings.name} …", highlight=False)
-                data = open_data(settings, folders, workers=os.cpu_count() or 1)
-                opened[at] = data.images.contents_digest
+                    console.print(f"preparing {settings.dataset.name} …", highlight=False)
+                data = open_data(settings.dataset, folders, workers=os.cpu_count() or 1)
+                opened[at] = TASKS[settings.task].contents(settings, data)
                 store.check_contents(chain.cache_identity, opened[at])
             except (DataError, StudyError) as error:
                 problems += str(error).split("\n")

@@ -25,5 +25,6 @@ class Workbench:
     def task(self, settings: Settings) -> tuple[Task, dict[str, str]]:
         """The task, and the provenance of its images."""
         data = self.data(settings.dataset)
-        provenance = {"contents_digest": data.images.contents_digest, "index_digest": data.index.digest()}
-        return TASKS[settings.task].open(settings, data), provenance
+        kind = TASKS[settings.task]
+        provenance = {"contents_digest": kind.contents(settings, data), "index_digest": data.index.digest()}
+        return kind.open(settings, data), provenance
