@@ -120,13 +120,13 @@ def digest(*parts: object) -> str:
 
 @cache
 def sources_digest() -> str:
-    """Digest of the code that results depend on: every module of trainables but the pretraining script."""
+    """Digest of the code that results depend on: every module of trainables but the pretraining scripts."""
     import trainables
 
     root = Path(trainables.__file__).parent
     h = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.name != "pretrain.py":
+        if not path.name.startswith("pretrain"):
             h.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return h.hexdigest()
 

@@ -2,9 +2,10 @@
 
 Below a boundary that no training crosses, activations of a fixed image are constant; they are kept in a memory map
 that all rows, seeds and processes of a node share. Libraries choose their algorithms by the size of a batch, and with
-them the last bits; so a frozen prefix is always computed in batches of full size, the last one filled up. A probe on real batches checks that cached and fresh activations
-are equal to the bit, and measures that reading beats recomputing; where either fails, the prefix is recomputed and the
-reason is recorded. Every row carries a checksum, verified when it is first read.
+them the last bits; so a frozen prefix is always computed in batches of full size, the last one filled up. A probe on
+real batches checks that cached and fresh activations are equal to the bit, and measures that reading beats
+recomputing; where either fails, the prefix is recomputed and the reason is recorded. Every row carries a checksum,
+verified when it is first read.
 """
 
 from __future__ import annotations

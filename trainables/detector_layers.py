@@ -77,6 +77,7 @@ class _Row:
     arguments: tuple[Any, ...]
     scale: Scale
     classes: int
+    bins: int
 
     @property
     def channels(self) -> int:
@@ -97,9 +98,10 @@ def layers_of(document: Mapping[str, Any], scale: Scale, image_size: int, classe
         ModelError: a module that no detector here is made of, or a row that is none; names the row.
     """
     layers: list[Layer] = []
+    bins = int(document.get("reg_max", 16))
     for number, row in enumerate([*document["backbone"], *document["head"]]):
         try:
-            layers.append(_layer(row, layers, scale, image_size, classes))
+            layers.append(_layer(row, layers, scale, image_size, classes, bins))
         except (TypeError, ValueError, IndexError, KeyError) as error:
             known = ", ".join(_COUNTERS)
             raise ModelError(
@@ -108,7 +110,9 @@ def layers_of(document: Mapping[str, Any], scale: Scale, image_size: int, classe
     return tuple(layers)
 
 
-def _layer(row: Sequence[Any], before: Sequence[Layer], scale: Scale, image_size: int, classes: int) -> Layer:
+def _layer(
+    row: Sequence[Any], before: Sequence[Layer], scale: Scale, image_size: int, classes: int, bins: int
+) -> Layer:
     source, repeats, module, arguments = row
     number = len(before)
     sources = tuple(number + s if s < 0 else int(s) for s in ([source] if isinstance(source, int) else source))
@@ -117,7 +121,7 @@ def _layer(row: Sequence[Any], before: Sequence[Layer], scale: Scale, image_size
     inputs = tuple((3, image_size) if s == IMAGE else (before[s].channels, before[s].size) for s in sources)
     if module not in _COUNTERS:
         raise ValueError(f"module {module!r} is not known")
-    made = _Row(inputs, scale.repeats(int(repeats)), tuple(arguments), scale, classes)
+    made = _Row(inputs, scale.repeats(int(repeats)), tuple(arguments), scale, classes, bins)
     channels, size, count = _COUNTERS[module](made)
     return Layer(module, sources, channels, size, count)
 
@@ -225,9 +229,8 @@ def _concat_row(row: _Row) -> Counted:
 
 
 def _detect_row(row: _Row) -> Counted:
-    """YOLOv8's decoupled head: two 3×3 convolutions and a 1×1 each for boxes (4 × 16 bins) and classes, a level."""
-    bins = 16
-    first = row.inputs[0][0]
+    """YOLOv8's decoupled head: two 3×3 convolutions and a 1×1 each for boxes (4 sides in bins) and classes, a level."""
+    first, bins = row.inputs[0][0], row.bins
     box, score = max(16, first // 4, 4 * bins), max(first, min(row.classes, 100))
     counts = []
     for channels, size in row.inputs:

@@ -29,7 +29,7 @@ SHIPPED = {name: Path(__file__).parent / "tiny_detectors" / f"{name}.yaml" for n
 NEEDED = ("ultralytics", "torchvision", "faster_coco_eval")
 EXTRA = "pip install 'spft-studies[detection]' (ultralytics, AGPL-3.0)"
 WEIGHTS = (".pt", ".safetensors")
-_KEYS = {"nc", "scales", "scale", "depth_multiple", "width_multiple", "backbone", "head"}
+_KEYS = {"nc", "scales", "scale", "depth_multiple", "width_multiple", "reg_max", "backbone", "head"}
 _STRIDE = 32  # of the deepest level that any of these detectors has
 
 Family = Literal["yolo", "rtdetr"]

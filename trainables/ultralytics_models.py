@@ -258,9 +258,10 @@ def _rtdetr_loss(classes: int, raw: Any, targets: Targets, class_weights: Tensor
 def build_detector(detector: Detector, image_size: int, classes: int, seed: int) -> StagedDetector:
     """A detector with its initial weights.
 
-    From a file: every tensor of the backbone, and those of the head that fit; the others (the layers that tell classes)
-    are drawn from the seed. Without a file: the backbone is drawn from a stream of its own, the same for every seed, so
-    that frozen prefixes are shared as those of pretrained weights are; the head from the seed.
+    From a file: every tensor of the backbone, and those of the head that fit but for the layers that tell classes,
+    whose classes are others; what is left is drawn from the seed. Without a file: the backbone is drawn from a stream
+    of its own, the same for every seed, so that frozen prefixes are shared as those of pretrained weights are; the head
+    from the seed.
 
     Raises:
         ModelError: the file cannot be read, or its backbone is another one.
@@ -269,7 +270,7 @@ def build_detector(detector: Detector, image_size: int, classes: int, seed: int)
     if detector.weights is None:
         start = {n: t for n, t in _drawn_backbone(detector, classes).items() if _is_backbone(n, detector)}
     else:
-        start = dict(read_weights(detector.weights))
+        start = {n: t for n, t in read_weights(detector.weights).items() if not tells_classes(n)}
         _require_backbone(detector, start, net.state_dict())
     own = net.state_dict()
     net.load_state_dict(own | {n: t for n, t in start.items() if n in own and t.shape == own[n].shape})
@@ -300,6 +301,11 @@ def _drawn_backbone(detector: Detector, classes: int) -> dict[str, Tensor]:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def tells_classes(name: str) -> bool:
+    """Whether a tensor belongs to the layers that tell classes apart, by ultralytics' names."""
+    return any(part in name for part in (".cv3.", "_score_head.", "denoising_class_embed."))
 
 
 def _is_backbone(name: str, detector: Detector) -> bool:
@@ -337,7 +343,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            return {
+                name: tensor.float() if tensor.is_floating_point() else tensor
+                for name, tensor in load_file(path).items()
+            }
         return _read_pt(str(path), path.stat().st_mtime_ns)
     except (
         OSError,
