@@ -71,18 +71,30 @@ def _sized(config: Sam2VideoConfig, image_size: int) -> Sam2VideoConfig:
 
 
 def _drawn(config: Sam2VideoConfig) -> Sam2VideoModel:
-    """A model whose weights are drawn from the fixed seed, scaled so that no layer shrinks what passes through it.
-
-    transformers' own initial scale of 0.02 would leave frozen parts with next to constant outputs.
-    """
+    """A model whose weights are drawn from the fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream("tiny-sam2", DRAWN_SEED))
         model = Sam2VideoModel(config)
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        _draw_weights(model)
     model.prompt_encoder.shared_embedding.positional_embedding.copy_(model.shared_image_embedding.positional_embedding)
     return model
+
+
+def draw_head(head: nn.Module, seed: int) -> None:
+    """Draw a mask decoder that has no pretrained weights from the training seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream("head", seed))
+        _draw_weights(head)
+
+
+def _draw_weights(module: nn.Module) -> None:
+    """Weights scaled so that no layer shrinks what passes through it.
+
+    transformers' own initial scale of 0.02 would leave frozen parts with next to constant outputs.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(part.weight, nonlinearity="linear")
 
 
 class ImageSide(nn.Module):

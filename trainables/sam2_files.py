@@ -1,7 +1,7 @@
 """Where a SAM 2 lies and what its config.json says, without loading it: no torch, no transformers.
 
-`tiny-sam2` is a small SAM 2 whose weights are drawn from a fixed seed: it has learnt nothing, and is for trying and
-testing. Anything else is a folder in transformers' layout (`Sam2VideoModel.save_pretrained`), or a hub id such as
+`tiny-sam2` is a small SAM 2 whose weights are drawn, the mask decoder's from the training seed and all others from a
+fixed one: it has learnt nothing, and is for trying and testing. Anything else is a folder in transformers' layout (`Sam2VideoModel.save_pretrained`), or a hub id such as
 facebook/sam2.1-hiera-tiny.
 """
 

@@ -19,10 +19,10 @@ from torch.nn import functional
 from trainables.costs import Costs
 from trainables.data.images import ImageCache
 from trainables.data.index import SPLITS, DataError, Index
-from trainables.data.masks import Masks
+from trainables.data.mask_cache import MaskCache
 from trainables.mask_arrays import dice, mean_defined, packed, unpacked
 from trainables.prompts import PROMPTS, oracle_prompt, training_prompt, whole_image
-from trainables.sam2 import ClipSegmenter, load_sam2
+from trainables.sam2 import ClipSegmenter, draw_head, load_sam2
 from trainables.sam2_files import Sam2Files
 from trainables.settings import SegmentationSettings, Settings
 from trainables.strategy import stream
@@ -37,7 +37,7 @@ class Segmentation:
     main_metric = "mean_dice"
 
     def __init__(
-        self, settings: Settings, index: Index, images: ImageCache, masks: Masks, files: Sam2Files, costs: Costs
+        self, settings: Settings, index: Index, images: ImageCache, masks: MaskCache, files: Sam2Files, costs: Costs
     ) -> None:
         """Choose every image's memory frame.
 
@@ -58,8 +58,11 @@ class Segmentation:
         self._std = torch.tensor(model.std or files.std).view(1, -1, 1, 1)
 
     def build(self, seed: int) -> ClipSegmenter:
-        """The pretrained SAM 2, decoder included: the seed acts through data order and dropout alone."""
-        return ClipSegmenter(load_sam2(self._files, self._masks.size), len(self.classes))
+        """The pretrained SAM 2, decoder included; where nothing is pretrained, the decoder is drawn from the seed."""
+        model = ClipSegmenter(load_sam2(self._files, self._masks.size), len(self.classes))
+        if self._files.drawn:
+            draw_head(model.head(), seed)
+        return model
 
     def rows(self, split: str) -> Rows:
         """Rows of a split, ascending."""
@@ -206,7 +209,7 @@ def mask_losses(logits: Tensor, truth: Tensor, settings: SegmentationSettings) -
     return settings.focal_gain * focal + settings.dice_gain * (1 - (2 * overlap + 1) / (sizes + 1))
 
 
-def memory_rows(index: Index, masks: Masks, split_seed: int) -> Rows:
+def memory_rows(index: Index, masks: MaskCache, split_seed: int) -> Rows:
     """(N,) the training row that serves each image as memory: of another group, with a mask of every structure.
 
     Raises:
@@ -230,7 +233,7 @@ def memory_rows(index: Index, masks: Masks, split_seed: int) -> Rows:
     return np.array(chosen, np.intp)
 
 
-def _refuse_unmeasurable(index: Index, masks: Masks) -> None:
+def _refuse_unmeasurable(index: Index, masks: MaskCache) -> None:
     """Every structure needs a mask in each split: to be learnt, chosen by, and measured."""
     for split in SPLITS:
         without = masks.known[index.rows(split)].sum(axis=0) == 0

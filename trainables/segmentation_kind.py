@@ -18,7 +18,7 @@ from trainables.settings import Settings
 from trainables.task_kind import Classes, ModelFacts, TaskKind
 
 if TYPE_CHECKING:
-    from trainables.data.masks import Masks
+    from trainables.data.mask_cache import MaskCache
     from trainables.data.opened import Data
     from trainables.segmentation import Segmentation
 
@@ -92,6 +92,8 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     ]
     if settings.model.backbone == "tiny-sam2":
         notes.append("tiny-sam2: its frozen parts were drawn at random and have learnt nothing.")
+    else:
+        notes.append("The mask decoder starts from SAM 2's own: seeds differ by the order of images and by dropout.")
     if settings.segmentation.masks is not None:
         notes.append(
             "The masks are CheXmask's: made by a model and checked by reverse classification accuracy, not by experts; "
@@ -100,8 +102,8 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _masks(settings: Settings, data: Data) -> Masks:
-    from trainables.data.masks import open_masks
+def _masks(settings: Settings, data: Data) -> MaskCache:
+    from trainables.data.mask_cache import open_masks
 
     return open_masks(settings.dataset, settings.segmentation, data.index, root=data.root, folder=data.decoded)
 

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from trainables.data import masks as masks_module
+from trainables.data import mask_cache
 from trainables.data.chest_scene import draw_chest
 from trainables.data.decode import decode
 from trainables.data.index import DataError, Index
 from trainables.data.mask_files import MaskFolders, decode_runs, read_mask, stem_of
-from trainables.data.masks import Masks, open_masks, resize
+from trainables.data.mask_cache import MaskCache, open_masks, resize
 from trainables.data.phantom import chest_images, draw_chest_phantom
 from trainables.data.placing import Fit
 from trainables.settings import DatasetSettings, SegmentationSettings
@@ -74,7 +74,7 @@ def folders(tmp_path: Path) -> tuple[Index, Path]:
     return index_of(names), tmp_path
 
 
-def opened(index: Index, root: Path, size: int = 32, fit: Fit = "crop", **given: object) -> Masks:
+def opened(index: Index, root: Path, size: int = 32, fit: Fit = "crop", **given: object) -> MaskCache:
     settings = SegmentationSettings.model_validate(given)
     dataset = DatasetSettings(name=index.dataset, image_size=size, fit=fit)
     return open_masks(dataset, settings, index, root=root, folder=root / "decoded")
@@ -329,7 +329,7 @@ def test_a_damaged_map_is_made_again(folders: tuple[Index, Path], damage: str, m
 
 
 def _killed_on_the_way(index: Index, root: Path) -> None:
-    write = masks_module._write
+    write = mask_cache._write
     written: list[int] = []
 
     def dying(*arguments: object) -> None:
@@ -338,7 +338,7 @@ def _killed_on_the_way(index: Index, root: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         write(*arguments)  # type: ignore[arg-type]
 
-    masks_module._write = dying  # type: ignore[assignment]
+    mask_cache._write = dying  # type: ignore[assignment]
     opened(index, root)
 
 

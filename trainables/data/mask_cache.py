@@ -35,7 +35,7 @@ _AT_ONCE = 256  # rows unpacked or hashed at a time
 
 
 @dataclass(frozen=True)
-class Masks:
+class MaskCache:
     """The masks of an index at one size.
 
     Attributes:
@@ -65,7 +65,7 @@ class Masks:
 
 def open_masks(
     dataset: DatasetSettings, settings: SegmentationSettings, index: Index, *, root: Path, folder: Path
-) -> Masks:
+) -> MaskCache:
     """Open the masks of an index, decoding them first if no process has.
 
     Args:
@@ -157,7 +157,7 @@ def _write(bits: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_], found: Fou
         known[found.row, found.structure] = True
 
 
-def _load(place: Path, structures: tuple[str, ...], size: int, images: int) -> Masks | None:
+def _load(place: Path, structures: tuple[str, ...], size: int, images: int) -> MaskCache | None:
     """The masks at a place; None where there are none, or where they are damaged."""
     if not place.is_dir():
         return None
@@ -171,7 +171,7 @@ def _load(place: Path, structures: tuple[str, ...], size: int, images: int) -> M
     if _digest(structures, size, bits, known) != stated:
         _log.warning("%s: masks do not fit their digest; decoding anew", place)
         return None
-    return Masks(structures, size, bits, known, stated)
+    return MaskCache(structures, size, bits, known, stated)
 
 
 def _digest(structures: tuple[str, ...], size: int, bits: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_]) -> str:
