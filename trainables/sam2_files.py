@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.backbone_files import CONFIG, BackboneError, file_sha256, model_files, pixel_statistics
+from trainables.backbone_files import CONFIG, WEIGHTS, BackboneError, file_sha256, model_files, pixel_statistics
 
 DRAWN = {"tiny-sam2": Path(__file__).parent / "tiny_sam2"}
 DRAWN_SEED = 0  # the same frozen parts for every training seed, as with pretrained weights
@@ -96,7 +96,7 @@ class Sam2Files:
             return f"not downloaded: {self.name}"
         if self.drawn:
             return hashlib.sha256(f"drawn from seed {DRAWN_SEED}: {self.config_digest}".encode()).hexdigest()
-        return file_sha256(self.folder / "model.safetensors")
+        return file_sha256(self.folder / WEIGHTS)
 
     @property
     def layers(self) -> int:
