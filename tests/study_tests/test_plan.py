@@ -30,7 +30,7 @@ from study.spec import Choices, Execution, Report, StudyDocument, load_study, sh
 from trainables.backbone_files import SHIPPED as SHIPPED_BACKBONES
 from trainables.data.phantom import chest_images
 from trainables.data.registry import load_index
-from trainables.settings import DatasetSettings, Settings
+from trainables.settings import ONLY_IN_TASK, DatasetSettings, Settings
 from trainables.settings import Task as TaskName
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,6 +256,12 @@ def observer(given: dict[str, Any] | None = None, **to: Any) -> Change:
 WEIGHTED = {"weighting.enabled": True}
 AVERAGED = {"ema.enabled": True}
 PIXELS = {"model.mean": [0.5], "model.std": [0.2]}
+DETECTION = {
+    "task": "detection",
+    "dataset.fit": "letterbox",
+    "model.backbone": "tiny-yolo",
+    "strategy.depth": 10,
+}
 CHANGES: dict[str, Change] = {
     "dataset.name": trajectory(dataset__name="phantom-derm"),
     "dataset.image_size": trajectory(dataset__image_size=72),
@@ -291,8 +297,20 @@ CHANGES: dict[str, Change] = {
     "ema.tau": observer(AVERAGED, ema__tau=7.0),
     "stopping.patience": observer(stopping__patience=3),
 }
+CHANGES |= {
+    f"detection.{name}": Change("trajectory", {f"detection.{name}": to}, DETECTION)
+    for name, to in {
+        "box_gain": 1.0,
+        "class_gain": 1.0,
+        "dfl_gain": 1.0,
+        "max_det": 50,
+        "min_score": 0.01,
+        "nms_iou": 0.5,
+    }.items()
+}
 # Proven in tests of their own below, since they need files or another machine.
 ELSEWHERE = {"dataset.root", "dataset.split", "model.backbone", "optimiser.precision"}
+ELSEWHERE |= {"detection.weights", "detection.boxes"}  # test_detectors.py
 
 
 def fields() -> set[str]:
@@ -303,7 +321,29 @@ def fields() -> set[str]:
 def test_every_setting_is_classified_as_intervention_or_observer() -> None:
     assert set(CHANGES) | ELSEWHERE == fields(), "say here what a new setting does to keys"
     assert set(CHANGES) & ELSEWHERE == set()
-    assert len(get_args(TaskName)) == 1, "with a second task, prove that it changes every key"
+
+
+def test_the_task_changes_every_key_and_settings_of_other_tasks_are_refused(tmp_path: Path) -> None:
+    shared = DETECTION | {"task": "classification", "model.backbone": "tiny-phantom"}
+    one = only(planned(tmp_path, with_settings(shared)))
+    other = only(planned(tmp_path, with_settings(DETECTION)))
+    assert set(one.keys).isdisjoint(other.keys)
+    assert one.cache_identity != other.cache_identity
+    for task in get_args(TaskName):
+        for (group, names), owner in ONLY_IN_TASK.items():
+            if owner == task:
+                continue
+            for name in names or type(getattr(Settings(), group)).model_fields:
+                key = f"{group}.{name}"
+                to = {key: "a file"} if key in ELSEWHERE else CHANGES[key].to
+                with pytest.raises(StudyError, match=f"{group}.{name} acts in the task {owner} alone"):
+                    loaded(tmp_path, document(seeds=[0]), Choices({"task": task} | to))
+
+
+def test_rows_of_one_study_have_one_task(tmp_path: Path) -> None:
+    rows = [{"name": "one"}, {"name": "other", "set": DETECTION}]
+    with pytest.raises(StudyError, match=r"task: rows differ \(classification, detection\)"):
+        planned(tmp_path, document(rows))
 
 
 def only(plan: Plan) -> Any:
