@@ -262,6 +262,7 @@ DETECTION = {
     "model.backbone": "tiny-yolo",
     "strategy.depth": 10,
 }
+SEGMENTATION = {"task": "segmentation", "model.backbone": "tiny-sam2", "strategy.depth": 4}
 CHANGES: dict[str, Change] = {
     "dataset.name": trajectory(dataset__name="phantom-derm"),
     "dataset.image_size": trajectory(dataset__image_size=72),
@@ -306,6 +307,20 @@ CHANGES |= {
         "max_det": 50,
         "min_score": 0.01,
         "nms_iou": 0.5,
+    }.items()
+}
+CHANGES |= {
+    f"segmentation.{name}": Change("trajectory", {f"segmentation.{name}": to}, SEGMENTATION)
+    for name, to in {
+        "structures": ["heart"],
+        "masks": "chexmask.csv",
+        "min_mask_quality": 0.8,
+        "prompt": "point",
+        "prompt_noise": 0.05,
+        "focal_gain": 1.0,
+        "dice_gain": 2.0,
+        "focal_alpha": 0.5,
+        "focal_gamma": 1.0,
     }.items()
 }
 # Proven in tests of their own below, since they need files or another machine.
