@@ -24,7 +24,10 @@ EPOCHS = 3  # of the head, then k = 2 and 4 blocks
 EMA = {"ema": (0.9, 2.0)}
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+SLOW = "detection by RT-DETR"  # its rules are those of YOLO's; its decoder takes its time
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] if n == SLOW else []) for n in CASES])
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

@@ -227,7 +227,9 @@ def read_coco(path: Path) -> BoxList:
         categories = {c["id"]: str(c["name"]) for c in document["categories"]}
         annotations: list[dict[str, Any]] = document["annotations"]
         used = [_coco_annotation(path, a, images, categories) for a in annotations]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: no COCO file ({type(error).__name__}: {error}); expected images, categories and annotations"
         ) from error
@@ -250,7 +252,14 @@ def _coco_annotation(
     if annotation.get("iscrowd"):
         raise DataError(f"{path}, annotation {number}: a crowd; only single boxes can be learnt: remove it")
     name, (width, height) = images[annotation["image_id"]]
-    x, y, w, h = map(float, annotation["bbox"])
+    try:
+        x, y, w, h = map(float, annotation["bbox"])
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{path}, annotation {number}: bbox {annotation['bbox']!r}; expected four numbers x, y, width, height"
+        ) from None
+    if width < 1 or height < 1:
+        raise DataError(f"{path}: image {name} of {width} × {height} px; expected its width and height")
     return name, annotation["category_id"], (x / width, y / height, (x + w) / width, (y + h) / height)
 
 
