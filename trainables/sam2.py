@@ -88,13 +88,16 @@ def draw_head(head: nn.Module, seed: int) -> None:
 
 
 def _draw_weights(module: nn.Module) -> None:
-    """Weights scaled so that no layer shrinks what passes through it.
+    """Weights scaled so that no layer shrinks what passes through it, embeddings as large as the positions beside them.
 
-    transformers' own initial scale of 0.02 would leave frozen parts with next to constant outputs.
+    transformers' own initial scale of 0.02 would leave frozen parts with next to constant outputs, and all kinds of
+    tokens next to alike.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(part.weight, nonlinearity="linear")
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight)
 
 
 class ImageSide(nn.Module):
