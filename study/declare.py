@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from analysis.schema import StudyHeader, Units
@@ -58,7 +59,7 @@ def provenance(plan: Plan, command: str) -> dict[str, str]:
             f"{len(index)} images, {len(set(index.groups.tolist()))} {index.group_kind}s, "
             f"split {index.split_digest()[:16]}"
         )
-    return facts | library_versions()
+    return facts | library_versions() | {name: version(name) for name in the_task(plan.study).libraries}
 
 
 def row_headers(plan: Plan) -> dict[tuple[str, str], RowHeader]:

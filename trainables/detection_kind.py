@@ -113,4 +113,5 @@ DETECTION = TaskKind(
     open=_open,
     contents=_contents,
     annotated=_annotated,
+    libraries=("ultralytics", "torchvision", "faster-coco-eval"),
 )

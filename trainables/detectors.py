@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -58,8 +59,8 @@ class Detector:
         return layers_of(self.document, self.scale, image_size, classes)
 
     def digest(self) -> str:
-        """sha256 of the architecture."""
-        text = json.dumps([self.document, self.scale.__dict__], sort_keys=True)
+        """sha256 of the architecture, and of the release of ultralytics that makes layers of it."""
+        text = json.dumps([self.document, self.scale.__dict__, version("ultralytics")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

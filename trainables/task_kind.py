@@ -70,6 +70,7 @@ class TaskKind:
         open: (settings, data) → the task, ready to train; imports torch.
         annotated: (settings, index) → (N,) whether an image has what the task learns from and is measured by; images
             without take no part. None: all have.
+        libraries: distributions that this task alone computes with, whose versions are recorded.
         contents: (settings, data) → digest of all that is decoded once, masks too where the task has them; decodes what
             is not yet, and raises DataError for files that cannot be used.
     """
@@ -83,3 +84,4 @@ class TaskKind:
     open: Callable[[Settings, Data], Task]
     contents: Callable[[Settings, Data], str] = images_alone
     annotated: Callable[[Settings, Index], npt.NDArray[np.bool_] | None] = every_image
+    libraries: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.detection_extra import needs_detection
 from tests.task_cases import CASES, CPU, IMAGES, Case, opened
 from trainables.costs import IMAGES as PIXELS
 from trainables.requests import CacheRequest
@@ -27,7 +28,11 @@ EMA = {"ema": (0.9, 2.0)}
 SLOW = "detection by RT-DETR"  # its rules are those of YOLO's; its decoder takes its time
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] if n == SLOW else []) for n in CASES])
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [*([pytest.mark.slow] if name == SLOW else []), *([needs_detection] if "detection" in name else [])]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks(name)) for name in CASES])
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

@@ -27,6 +27,7 @@ from study.chains import resolve_compute
 from study.documents import StudyError
 from study.plan import Plan, make_plan
 from study.spec import Choices, Execution, Report, StudyDocument, load_study, shipped_studies
+from tests.detection_extra import needs_detection
 from trainables.backbone_files import SHIPPED as SHIPPED_BACKBONES
 from trainables.data.phantom import chest_images
 from trainables.data.registry import load_index
@@ -338,6 +339,7 @@ def test_every_setting_is_classified_as_intervention_or_observer() -> None:
     assert set(CHANGES) & ELSEWHERE == set()
 
 
+@needs_detection
 def test_the_task_changes_every_key_and_settings_of_other_tasks_are_refused(tmp_path: Path) -> None:
     shared = DETECTION | {"task": "classification", "model.backbone": "tiny-phantom"}
     one = only(planned(tmp_path, with_settings(shared)))
@@ -372,7 +374,11 @@ def with_settings(given: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(CHANGES))
+def marked(name: str) -> Any:
+    return pytest.param(name, marks=[needs_detection] if name.startswith("detection") else [])
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in sorted(CHANGES)])
 def test_keys_change_from_the_epoch_on_in_which_a_setting_acts(tmp_path: Path, name: str) -> None:
     change = CHANGES[name]
     assert name in change.to
@@ -602,7 +608,7 @@ def test_what_keeps_a_study_from_being_planned_is_said_at_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("smoke", [False, True])
-@pytest.mark.parametrize("name", shipped_studies())
+@pytest.mark.parametrize("name", [marked(name) for name in shipped_studies()])
 def test_every_shipped_study_is_planned(tmp_path: Path, name: str, smoke: bool) -> None:
     study = load_study(shipped_studies()[name], Choices(smoke=smoke))
     plan = make_plan(study, storage=tmp_path)

@@ -12,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from scipy.special import expit
-from ultralytics.utils.tal import TaskAlignedAssigner
 
+import tests.detection_extra_alone  # noqa: F401
 from tests.task_cases import CASES, CPU, Case, opened
 from trainables.data.boxes import load_boxes
 from trainables.detection import Detection
@@ -77,6 +75,9 @@ def guesses(rng: np.random.Generator, truth: Truth, classes: int, max_det: int) 
 
 def by_pycocotools(predictions: Predictions, truth: Truth, classes: int, max_det: int) -> npt.NDArray[np.float64]:
     """(2, C): AP50 and AP of each class, NaN where pycocotools says −1."""
+    reason = "pycocotools is not installed: it is what AP is compared with"
+    COCO = pytest.importorskip("pycocotools.coco", reason=reason).COCO  # noqa: N806
+    COCOeval = pytest.importorskip("pycocotools.cocoeval", reason=reason).COCOeval  # noqa: N806
     sides = truth.xyxy[:, 2:] - truth.xyxy[:, :2]
     true = COCO()
     true.dataset = {
@@ -230,6 +231,8 @@ def bce(logits: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]) -> np
 def test_class_weights_multiply_yolos_classification_loss_as_computed_by_hand(
     drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ultralytics.utils.tal import TaskAlignedAssigner
+
     task = YOLO.open(drawn)
     rows = task.rows("train")[:8]
     outputs = forward(task, YOLO, rows, training=True)
@@ -249,7 +252,8 @@ def test_class_weights_multiply_yolos_classification_loss_as_computed_by_hand(
     logits = outputs.raw["scores"].detach().permute(0, 2, 1).double().numpy()
     of_class = 0.5 * bce(logits, targets).sum(axis=(0, 1)) / max(targets.sum(), 1)  # the gain of classes is 0.5
     assert difference == pytest.approx(((weights.numpy() - 1) * of_class).sum(), rel=1e-5)
-    assert float(task.loss(outputs, rows, torch.ones(4))) == pytest.approx(float(task.loss(outputs, rows, None)))
+    alike, plain = (float(task.loss(outputs, rows, w).detach()) for w in (torch.ones(4), None))
+    assert alike == pytest.approx(plain)
 
 
 def test_class_weights_multiply_rtdetrs_classification_loss_as_computed_by_hand() -> None:
@@ -277,8 +281,8 @@ def test_class_weights_reach_every_layer_of_rtdetrs_loss(drawn: Path) -> None:
     task = RTDETR.open(drawn)
     rows = task.rows("train")[:8]
     outputs = forward(task, RTDETR, rows, training=True)
-    none, one, two = (float(task.loss(outputs, rows, torch.full((4,), w))) for w in (0.0, 1.0, 2.0))
-    assert one == pytest.approx(float(task.loss(outputs, rows, None)), rel=1e-5)
+    none, one, two = (float(task.loss(outputs, rows, torch.full((4,), w)).detach()) for w in (0.0, 1.0, 2.0))
+    assert one == pytest.approx(float(task.loss(outputs, rows, None).detach()), rel=1e-5)
     assert two - one == pytest.approx(one - none, rel=1e-4)
     assert one > none
 
@@ -294,7 +298,7 @@ def test_images_without_a_box_are_learnt_from(case: Case, drawn: Path) -> None:
     outputs = forward(task, case, empty, training=True)
     loss = task.loss(outputs, empty, None)
     loss.backward()
-    assert torch.isfinite(loss) and float(loss) > 0
+    assert torch.isfinite(loss) and loss.item() > 0
 
 
 def test_class_counts_are_images_with_and_without_a_box_of_the_class(drawn: Path) -> None:
@@ -311,20 +315,25 @@ def test_class_counts_are_images_with_and_without_a_box_of_the_class(drawn: Path
 
 # -- it learns -------------------------------------------------------------------------------------------------------
 
-BOXED = {"images": 600, "image_size": 96, "drop_classes": ()}
+BOXED = {"images": 600, "drop_classes": ()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "steps", "rate", "clip"), [(YOLO, 300, 3e-3, 10.0), (RTDETR, 190, 1e-3, 1.0)], ids=["YOLO", "RT-DETR"]
+    ("case", "size", "steps", "rate", "clip"),
+    [(YOLO, 128, 220, 5e-3, 10.0), (RTDETR, 96, 190, 1e-3, 1.0)],
+    ids=["YOLO", "RT-DETR"],
 )
 def test_a_detector_can_learn_eight_phantoms_by_heart(
-    case: Case, steps: int, rate: float, clip: float, drawn: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, size: int, steps: int, rate: float, clip: float, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From drawn weights, the whole of it trains from the second step on; one step an epoch."""
+    """From drawn weights, the whole of it trains from the second step on; one step an epoch.
+
+    YOLO has one box a cell of 8 px, so that 96 px are too few for a nodule in the midst of another finding.
+    """
     monkeypatch.setattr("trainables.detectors._shipped_weights", lambda name: None)
     changes: dict[str, Any] = {
-        "dataset": BOXED,
+        "dataset": {**BOXED, "image_size": size},
         "optimiser": {"encoder_lr": rate, "head_lr": rate, "schedule": "linear", "clip_norm": clip},
         "strategy": {"head_epochs": 1, "tune_epochs": steps - 1, "unfreezing": "static", "depth": "all"},
     }

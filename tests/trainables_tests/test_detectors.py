@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import tests.detection_extra_alone  # noqa: F401
 from tests.studies_for_tests import ROOT
 from trainables import detectors
 from trainables.detector_layers import IMAGE, carried
@@ -278,6 +279,7 @@ def test_a_weights_file_that_is_not_there_is_refused_by_the_plan(weights: str, s
         detector_facts(settings("yolov8n", weights=weights), CLASSES)
 
 
+@pytest.mark.slow
 def test_importing_ultralytics_leaves_environment_and_home_alone(tmp_path: Path) -> None:
     code = (
         "import os, sys; before = dict(os.environ)\n"

@@ -19,8 +19,8 @@ from trainables.data import mask_cache
 from trainables.data.chest_scene import draw_chest
 from trainables.data.decode import decode
 from trainables.data.index import DataError, Index
-from trainables.data.mask_files import MaskFolders, decode_runs, read_mask, stem_of
 from trainables.data.mask_cache import MaskCache, open_masks, resize
+from trainables.data.mask_files import MaskFolders, decode_runs, read_mask, stem_of
 from trainables.data.phantom import chest_images, draw_chest_phantom
 from trainables.data.placing import Fit
 from trainables.settings import DatasetSettings, SegmentationSettings
