@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from trainables.data.boxes import Boxes, load_boxes, real_boxes
 from trainables.data.chest_scene import BOXED
-from trainables.data.index import DataError, Index
+from trainables.data.index import SPLITS, DataError, Index
 from trainables.detectors import detector_facts, find_detector, require_extra
 from trainables.settings import Settings
 from trainables.task_kind import Classes, ModelError, ModelFacts, TaskKind
@@ -26,7 +26,7 @@ def boxed_classes(settings: Settings, index: Index) -> Classes:
     """Classes that have boxes, of which each occurs in the training split.
 
     Raises:
-        DataError: there is none, or one that cannot be learnt.
+        DataError: there is none, or one that cannot be learnt, or a split without any box.
     """
     if _drawn(settings):  # boxes come from the scenes, so that nothing needs to be drawn for a plan
         classes = tuple(name for name in index.classes if name in BOXED)
@@ -41,7 +41,20 @@ def boxed_classes(settings: Settings, index: Index) -> Classes:
             f"{index.dataset}: no training box of {', '.join(absent) or 'any class'}; leave it out with "
             f"dataset.drop_classes=[{','.join(absent)}]"
         )
+    _refuse_splits_without_boxes(boxes, index)
     return boxes.classes
+
+
+def _refuse_splits_without_boxes(boxes: Boxes, index: Index) -> None:
+    """No epoch could be chosen without a validation box, and nothing measured without one to test on."""
+    counts = {split: len(boxes.of(index.rows(split))[0]) for split in SPLITS}
+    empty = [split for split, count in counts.items() if not count]
+    if empty:
+        shown = ", ".join(f"{split} {count}" for split, count in counts.items())
+        raise DataError(
+            f"{index.dataset}: no box in {' and '.join(empty)} (boxes: {shown}); take more images, drop fewer "
+            "classes, or split anew with another dataset.split_seed"
+        )
 
 
 def _drawn(settings: Settings) -> bool:

@@ -212,6 +212,14 @@ def test_a_class_without_a_training_box_is_refused_with_what_to_drop(tmp_path: P
         boxed_classes(settings_of(tmp_path, boxes=str(coco(tmp_path))), index)
 
 
+def test_a_split_without_a_box_is_refused_with_the_counts(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, boxes=str(coco(tmp_path)))
+    with pytest.raises(
+        DataError, match=r"no box in test \(boxes: train 2, val 1, test 0\); take more images"
+    ):
+        boxed_classes(settings, index_of("a.png", "b.jpg", "elsewhere.png", "x.png"))
+
+
 def test_the_true_boxes_of_real_radiographs_are_read(real_data: Path) -> None:
     path = next((real_data / "nih_boxes").rglob("*coco*.json"))
     listed = read_list(path)
