@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,15 +40,20 @@ from trainables.task_kind import ModelError
 
 @contextlib.contextmanager
 def _quiet_process() -> Iterator[None]:
-    """Importing ultralytics writes a settings file, looks for the network and changes the environment: undo it."""
+    """Undo what importing ultralytics does to a process.
+
+    It writes a settings file, looks for the network, changes the environment, and puts functions of its own in place of
+    `PIL.Image.open` (which then tries to install decoders for files it cannot read) and `torch.save`.
+    """
     folder = tempfile.mkdtemp(prefix="ultralytics-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    before = dict(os.environ)
+    before, image_open, torch_save = dict(os.environ), Image.open, torch.save
     os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="False", YOLO_CONFIG_DIR=folder, YOLO_VERBOSE="False")
     try:
-        with np.printoptions():
+        with np.printoptions(), warnings.catch_warnings():
             yield
     finally:
+        Image.open, torch.save = image_open, torch_save
         for name in {name for name, value in os.environ.items() if before.get(name) != value}:
             del os.environ[name]
             if name in before:

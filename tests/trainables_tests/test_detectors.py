@@ -282,8 +282,10 @@ def test_a_weights_file_that_is_not_there_is_refused_by_the_plan(weights: str, s
 @pytest.mark.slow
 def test_importing_ultralytics_leaves_environment_and_home_alone(tmp_path: Path) -> None:
     code = (
-        "import os, sys; before = dict(os.environ)\n"
+        "import os, sys, warnings, torch, torchvision, PIL.Image\n"
+        "before, functions = dict(os.environ), (PIL.Image.open, torch.save, torch.load)\n"
         "import trainables.ultralytics_models as m\n"
+        "assert (PIL.Image.open, torch.save, torch.load) == functions\n"
         "assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())\n"
         "from ultralytics.utils import SETTINGS, ONLINE\n"
         "assert not ONLINE and not any(SETTINGS.get(k) for k in ('sync', 'mlflow', 'raytune'))"
