@@ -50,7 +50,9 @@ class Report(Frozen):
 
     compare: Literal["previous", "first", "none"] = Field("previous", description="reference row of the paired Δ")
     per_class: bool = False
-    published: str | None = Field(None, description="file of analysis/published to set beside ours")
+    published: str | tuple[str, ...] | None = Field(
+        None, description="file, or files, of analysis/published to set beside ours"
+    )
     notes: tuple[str, ...] = ()
 
 
