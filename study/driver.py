@@ -17,6 +17,7 @@ from rich.console import Console
 
 from analysis.schema import StudyHeader
 from analysis.tracking import LedgerError
+from study.away_data import prepare_away
 from study.chains import Chain, the_task
 from study.claim import claimed
 from study.declare import (
@@ -98,6 +99,7 @@ def _run(plan: Plan, options: RunOptions, store: Store, console: Console, halt: 
     if (pending := pending_schedule(plan, store.root)).nodes:
         _executor(plan, options, store).check(pending, store)  # also before hours of decoding
     contents = prepare_data(plan, store, console)
+    prepare_away(plan, store)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
     say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
     session = Session(plan, store, ledger, contents, options.command, say=say, halt=halt)
@@ -305,7 +307,7 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
     folders = Folders(store.phantoms, store.images, store.splits)
     for chain in plan.chains:
         settings = chain.cell.settings
-        at = settings.model_dump_json(include={"task", "dataset", "segmentation"})
+        at = settings.model_dump_json(include={"task", "dataset", "segmentation"}, exclude={"dataset": {"tested"}})
         if at not in opened:
             try:
                 if plan.images_to_decode:

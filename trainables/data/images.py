@@ -42,11 +42,13 @@ class ImageCache:
         pixels: (N, S, S, C) uint8, read-only, in the index's order; C = 1 grey or 3 RGB.
         contents_digest: sha256 over the sha256 of each image's pixels, in the index's order.
         decoded: how many images this opening decoded.
+        hashes: (N, 32) sha256 of each image's pixels.
     """
 
     pixels: npt.NDArray[np.uint8]
     contents_digest: str
     decoded: int
+    hashes: Hashes
 
     @classmethod
     def open(cls, index: Index, root: Path, *, image_size: int, fit: Fit, folder: Path, workers: int = 1) -> ImageCache:
@@ -262,7 +264,7 @@ def _reason(error: Exception) -> str:
 
 
 def _opened(stored: _Stored, decoded: int) -> ImageCache:
-    return ImageCache(stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded)
+    return ImageCache(stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded, stored.stated)
 
 
 def _hash(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
