@@ -97,7 +97,10 @@ def load_away(settings: DatasetSettings, splits_folder: Path | None = None) -> I
     away = away_settings(settings)
     _refuse_one_data_set(settings, away)
     home, _ = _split_index(settings, splits_folder)
-    index, given_test = _split_index(away, splits_folder)
+    try:
+        index, given_test = _split_index(away, splits_folder)
+    except DataError as error:  # it speaks of the data set's own settings, which stand elsewhere here
+        raise DataError(str(error).replace("dataset.", "dataset.test_on.")) from error
     shared = _shared(home, settings)
     index = restricted(index, {theirs: ours for ours, theirs in shared.items()})
     index = index_rows(index, index.rows("test"))
