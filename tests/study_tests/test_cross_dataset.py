@@ -13,11 +13,11 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from small_studies import document, loaded, planned
 
-from study.away_data import prepare_away
 from study.chains import Chain
 from study.documents import StudyError
 from study.plan import Plan
 from study.plan_view import plan_table
+from study.preparing import prepare_away
 from study.spec import Choices
 from study.store import Store
 from tests.studies_for_tests import TINY, Ran, run_study
@@ -194,8 +194,8 @@ def test_every_place_by_itself_gives_the_same_bits(tmp_path: Path, overrides: di
 @pytest.mark.slow
 def test_changed_images_elsewhere_are_refused_before_anything_is_trained(ran: Ran) -> None:
     store = Store(ran.storage)
-    prepare_away(ran.plan, store)
+    prepare_away(ran.plan, store, Console(quiet=True))
     for recorded in (ran.storage / "contents").iterdir():
         recorded.write_bytes(b"0" * 64)
     with pytest.raises(StudyError, match="the images have changed"):
-        prepare_away(ran.plan, store)
+        prepare_away(ran.plan, store, Console(quiet=True))

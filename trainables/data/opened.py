@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainables.data.images import ImageCache
+from trainables.data.images import ImageCache, Told
 from trainables.data.index import DataError, Index
 from trainables.data.registry import away_settings, load_away, load_index, prepare
 from trainables.settings import DatasetSettings
@@ -35,22 +35,22 @@ class Data:
     decoded: Path
 
 
-def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) -> Data:
+def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1, told: Told | None = None) -> Data:
     """Load the index, draw phantoms if need be, and decode the images once.
 
     Raises:
         DataError: anything about the data set that keeps it from being used.
     """
-    return _opened(load_index(settings, folders.splits), settings, folders, workers)
+    return _opened(load_index(settings, folders.splits), settings, folders, workers, told)
 
 
-def open_away(settings: DatasetSettings, folders: Folders, *, workers: int = 1) -> Data:
+def open_away(settings: DatasetSettings, folders: Folders, *, workers: int = 1, told: Told | None = None) -> Data:
     """The test images of `settings.test_on`, which must be set, as the network sees them.
 
     Raises:
         DataError: anything about that data set that keeps it from being used.
     """
-    return _opened(load_away(settings, folders.splits), away_settings(settings), folders, workers)
+    return _opened(load_away(settings, folders.splits), away_settings(settings), folders, workers, told)
 
 
 def refuse_images_in_both(home: Data, away: Data) -> None:
@@ -68,9 +68,9 @@ def refuse_images_in_both(home: Data, away: Data) -> None:
         )
 
 
-def _opened(index: Index, settings: DatasetSettings, folders: Folders, workers: int) -> Data:
+def _opened(index: Index, settings: DatasetSettings, folders: Folders, workers: int, told: Told | None) -> Data:
     root = prepare(settings, index, folders.phantoms)
     images = ImageCache.open(
-        index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers
+        index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers, told=told
     )
     return Data(index, images, root, folders.images)
