@@ -225,8 +225,8 @@ def materials_of(study: Study, storage: Path, download: bool) -> dict[tuple[str,
 
 
 def _material(settings: Settings, storage: Path, download: bool) -> Material:
-    index = _index(settings.dataset.model_dump_json(), storage / "splits")
     kind = TASKS[settings.task]
+    index = _index(settings.dataset.model_dump_json(), storage / "splits", kind.labels_learnt)
     classes = kind.classes(settings, index)
     model = kind.facts(settings, classes, download)
     strategy, blocks = settings.strategy, len(model.costs.blocks)
@@ -239,8 +239,9 @@ def _material(settings: Settings, storage: Path, download: bool) -> Material:
 
 
 @cache
-def _index(dataset_json: str, splits: Path) -> Index:
-    return load_index(DatasetSettings.model_validate_json(dataset_json), splits if splits.is_dir() else None)
+def _index(dataset_json: str, splits: Path, labels_learnt: bool) -> Index:
+    folder = splits if splits.is_dir() else None
+    return load_index(DatasetSettings.model_validate_json(dataset_json), folder, labels_learnt=labels_learnt)
 
 
 # -- chains ----------------------------------------------------------------------------------------------------------

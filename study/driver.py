@@ -310,8 +310,10 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
             try:
                 if plan.images_to_decode:
                     console.print(f"preparing {settings.dataset.name} …", highlight=False)
-                data = open_data(settings.dataset, folders, workers=os.cpu_count() or 1)
-                opened[at] = TASKS[settings.task].contents(settings, data)
+                kind = TASKS[settings.task]
+                workers = os.cpu_count() or 1
+                data = open_data(settings.dataset, folders, workers=workers, labels_learnt=kind.labels_learnt)
+                opened[at] = kind.contents(settings, data)
                 store.check_contents(chain.cache_identity, opened[at])
             except (DataError, StudyError) as error:
                 problems += str(error).split("\n")

@@ -78,4 +78,5 @@ CLASSIFICATION = TaskKind(
     targets_digest=_labels_alone,
     notes=_no_notes,
     open=_open,
+    labels_learnt=True,
 )

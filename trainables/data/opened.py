@@ -35,13 +35,13 @@ class Data:
     decoded: Path
 
 
-def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) -> Data:
-    """Load the index, draw phantoms if need be, and decode the images once.
+def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1, labels_learnt: bool = True) -> Data:
+    """Load the index, draw phantoms if need be, and decode the images once; see `load_index` of `labels_learnt`.
 
     Raises:
         DataError: anything about the data set that keeps it from being used.
     """
-    index = load_index(settings, folders.splits)
+    index = load_index(settings, folders.splits, labels_learnt=labels_learnt)
     root = prepare(settings, index, folders.phantoms)
     images = ImageCache.open(
         index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers

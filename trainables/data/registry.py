@@ -57,7 +57,7 @@ _VAL_OF_OFFICIAL_TRAIN = 1 / 9  # 80:10, as in our own split
 _SHOWN = 30  # classes whose counts an error shows
 
 
-def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> Index:
+def load_index(settings: DatasetSettings, splits_folder: Path | None = None, *, labels_learnt: bool = True) -> Index:
     """Read the table, split it, and drop what is to be dropped; touches no image.
 
     The split is made before classes are dropped, so that dropping one moves no image to another split.
@@ -65,6 +65,8 @@ def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> 
     Args:
         settings: which data set, how many images, which split, which classes.
         splits_folder: the split is written there once, and read and verified from then on.
+        labels_learnt: whether the labels are what is learnt and measured. A task that learns from boxes or masks asks
+            nothing of them, and says itself what it needs.
 
     Raises:
         DataError: unknown data set or class, unusable table, a kept split that does not fit the table, a group in two
@@ -73,8 +75,7 @@ def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> 
     table = read_table(settings).usable()
     index = split_table(table, settings, splits_folder)
     refuse_leaks(leaks_of(table, index), index.group_kind)
-    problem = unmeasurable(index, given_test=table.official is not None)
-    if problem is not None:
+    if labels_learnt and (problem := unmeasurable(index, given_test=table.official is not None)) is not None:
         raise DataError(problem)
     return index
 
