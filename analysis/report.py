@@ -16,10 +16,12 @@ from analysis.csv_files import CELLS_FILE, TABLE_FILE, cells_csv, table_csv, ver
 from analysis.figures import Drawing, draw_all
 from analysis.layout import TextTable
 from analysis.patients import PatientNoise, PredictionsError, patient_noise
+from analysis.pictures import PixelSource, draw_pictures
 from analysis.published import Beside, set_beside
 from analysis.records import StudyRecords
 from analysis.tables import AbsentCell, StudyTable, build_table
 from analysis.terminal import terminal_table
+from analysis.tracking import LedgerError
 from analysis.writers import to_latex, to_markdown, write_atomically
 
 __all__ = ["ReportPaths", "terminal_table", "verify", "write_report"]
@@ -28,6 +30,7 @@ BOOTSTRAP_SEED = 20140601  # fixed, so that the same records give the same repor
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_READINGS = 60
 _MOST_ERRORS = 20
+KINDS = ("per_class", "learning_curves", "differences", "pictures")  # of drawings, by which their files are called
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,24 @@ class _Study:
     beside: Beside | None
     drawings: tuple[Drawing, ...]
     problems: tuple[str, ...]
+    without_images: tuple[str, ...] = ()
 
 
-def write_report(records: StudyRecords, folder: Path) -> ReportPaths:
+def write_report(records: StudyRecords, folder: Path, pixels: PixelSource | None = None) -> ReportPaths:
     """Write table.md, .tex and .csv, cells.csv, figures/*.png and *.svg, and report.html into the folder.
 
     Every file is replaced as a whole; figures of an earlier report that this one does not have are removed.
+
+    Args:
+        records: of the study.
+        folder: of the report.
+        pixels: gives the images that predicted boxes and masks are drawn on; None: none are drawn.
 
     Raises:
         RecordsError: the records contradict their header.
         PublishedError: the study names published numbers that are not there.
     """
-    study = _compute(records)
+    study = _compute(records, pixels)
     tables, notes = _document(study), [*map("Attention: {}".format, study.problems), *wording.table_notes(study.table)]
     paths = ReportPaths(
         folder=folder,
@@ -78,15 +87,23 @@ def write_report(records: StudyRecords, folder: Path) -> ReportPaths:
     return paths
 
 
-def _compute(records: StudyRecords) -> _Study:
+def _compute(records: StudyRecords, pixels: PixelSource | None) -> _Study:
+    """What stored predictions do not give is told at the head of the report: the tables do not rest on them."""
     table = build_table(records)
-    problems: tuple[str, ...] = ()
+    problems: list[str] = []
     noise: list[PatientNoise] = []
     try:
         noise = patient_noise(records, table, np.random.default_rng(BOOTSTRAP_SEED))
-    except PredictionsError as error:  # told at the head of the report: the other tables do not rest on predictions
-        problems = (str(error),)
-    return _Study(table, tuple(noise), set_beside(table), tuple(draw_all(records, table)), problems)
+    except PredictionsError as error:
+        problems.append(str(error))
+    pictures: list[Drawing] = []
+    without_images: list[str] = []
+    try:
+        pictures, without_images = draw_pictures(records, table, pixels)
+    except (PredictionsError, LedgerError) as error:
+        problems.append(str(error))
+    drawings = (*draw_all(records, table), *pictures)
+    return _Study(table, tuple(noise), set_beside(table), drawings, tuple(problems), tuple(without_images))
 
 
 def _document(study: _Study) -> list[TextTable]:
@@ -106,8 +123,7 @@ def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...
     for drawing in drawings:
         written.append(write_atomically(folder / f"{drawing.name}.png", drawing.png))
         written.append(write_atomically(folder / f"{drawing.name}.svg", drawing.svg))
-    kinds = ("per_class", "learning_curves", "differences")
-    for stale in {path for kind in kinds for path in folder.glob(f"{kind}-*")} - set(written):
+    for stale in {path for kind in KINDS for path in folder.glob(f"{kind}-*")} - set(written):
         stale.unlink()
     return tuple(written)
 
@@ -140,6 +156,7 @@ def _page(study: _Study) -> str:
         "beside_table": layout.beside_table(table, study.beside) if study.beside else None,
         "classes": layout.class_tables(table),
         "drawings": _by_kind(study.drawings),
+        "without_images": study.without_images,
         "costs": layout.cost_table(header.units),
         "cost_notes": wording.cost_notes(header.units),
         "absent": layout.absent_table(table),
@@ -171,7 +188,7 @@ def _readings(study: _Study) -> list[tuple[str, list[str]]]:
 
 
 def _by_kind(drawings: Sequence[Drawing]) -> dict[str, list[Drawing]]:
-    kinds: dict[str, list[Drawing]] = {"per_class": [], "learning_curves": [], "differences": []}
+    kinds: dict[str, list[Drawing]] = {kind: [] for kind in KINDS}
     for drawing in drawings:
         kinds[drawing.kind].append(drawing)
     return kinds
@@ -195,6 +212,7 @@ def _sections(study: _Study, compared: bool) -> list[tuple[str, str]]:
         ("comparisons", "Comparisons", compared),
         ("published", "Published numbers", study.beside is not None),
         ("classes", "By class", bool(study.table.per_class or kinds["per_class"])),
+        ("pictures", "Predictions beside the truth", bool(kinds["pictures"] or study.without_images)),
         ("curves", "Learning curves", bool(kinds["learning_curves"])),
         ("costs", "Costs", True),
         ("absent", "Failed or missing cells", bool(study.table.absent)),

@@ -216,10 +216,11 @@ def report(
     at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from analysis.report import terminal_table, write_report
+    from study.pictures import kept_images
 
     records = load(at.address, at.study)
     with report_at(at.report, f"python study/launch.py report {at.study} --storage {at.folder}") as place:
-        paths = write_report(records, place)
+        paths = write_report(records, place, kept_images(at.folder, at.study))
     console = Console()
     console.print(terminal_table(records))
     console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)

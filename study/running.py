@@ -81,7 +81,7 @@ def run_study(declared: Study, launch: Launch) -> int:
             verbose=launch.verbose,
         )
         launched = run_plan(planned, options, console)
-        _conclude(declared.name, launch, console)
+        _conclude(planned, launch, console)
     _say_where(launch, launched.ui_path, console)
     return 0 if launched.complete else FAILED
 
@@ -141,15 +141,17 @@ def _stoppable(command: str, console: Console) -> Iterator[None]:
         raise SystemExit(stopped.status) from None
 
 
-def _conclude(name: str, launch: Launch, console: Console) -> None:
+def _conclude(plan: Plan, launch: Launch, console: Console) -> None:
     from analysis.records import load
     from analysis.report import terminal_table, write_report
+    from study.pictures import images_of
 
+    name = plan.study.name
     records = load(launch.ledger, name)
     with report_at(
         launch.folder / name / "report", f"python study/launch.py report {name} {launch.ledger_options}"
     ) as at:
-        paths = write_report(records, at)
+        paths = write_report(records, at, images_of(plan, launch.folder))
     console.print(terminal_table(records))
     units = records.header.units
     saved = units.alone / units.shared if units.shared else 1.0

@@ -83,6 +83,23 @@ def images_to_decode(index: Index, image_size: int, fit: Fit, folder: Path) -> i
     return 0 if _Store.of(index, image_size, fit, folder).exists() else len(index)
 
 
+def decoded_pixels(
+    index: Index, rows: Sequence[int], image_size: int, fit: Fit, folder: Path
+) -> npt.NDArray[np.uint8] | None:
+    """(K, S, S, C) pixels of a few images as they were decoded; None where they are not, or no longer what they were.
+
+    Unlike `ImageCache.open` it decodes nothing and hashes these images alone.
+    """
+    store = _Store.of(index, image_size, fit, folder)
+    if not store.exists():
+        return None
+    state = store.state()
+    assert state is not None  # it exists
+    pixels = np.memmap(store.folder / str(state["pixels"]), np.uint8, "r", shape=store.shape)[list(rows)]
+    stated = state["hashes"].astype(np.uint8)[list(rows)]
+    return np.asarray(pixels) if len(rows) and (_hashes(pixels) == stated).all() else None
+
+
 def cache_bytes(index: Index, image_size: int) -> int:
     """Size of the cache's pixels on disk."""
     return len(index) * image_size * image_size * index.channels
@@ -126,12 +143,12 @@ class _Store:
 
     def exists(self) -> bool:
         """Whether a cache lies there, its pixel file of the right size."""
-        state = self._state()
+        state = self.state()
         return state is not None and _size(self.folder / str(state["pixels"])) == self._bytes()
 
     def load(self) -> _Stored | None:
         """Map and hash the stored pixels; None if there are none, or if they cannot be used."""
-        state = self._state()
+        state = self.state()
         if state is None:
             return None
         path = self.folder / str(state["pixels"])
@@ -175,7 +192,8 @@ class _Store:
             if path != keep and path.name != "state.npz":
                 path.unlink()
 
-    def _state(self) -> dict[str, npt.NDArray[np.generic]] | None:
+    def state(self) -> dict[str, npt.NDArray[np.generic]] | None:
+        """What `state.npz` says; None where there is none, or a damaged one."""
         path = self.folder / "state.npz"
         if not path.exists():
             return None
