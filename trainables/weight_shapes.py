@@ -22,6 +22,10 @@ from trainables.task_kind import ModelError
 Shapes = Mapping[str, tuple[int, ...]]
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: no parameters
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RecursionError,
+    struct.error, pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
 _LONGEST_HEAD = 100_000_000  # bytes, the format's own limit
 
 
@@ -64,12 +68,9 @@ def shapes_of(path: Path) -> Shapes:
 def _shapes(path: Path, _stamp: int) -> Shapes:
     try:
         return _of_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, EOFError) as error:
-        reason = error
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RecursionError) as error:
-        reason = error
-    said = str(reason).strip().partition("\n")[0] or type(reason).__name__
-    raise ModelError(f"detection.weights: {path} cannot be read as a detector's weights ({said})") from reason
+    except _UNREADABLE as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"detection.weights: {path} cannot be read as a detector's weights ({said})") from error
 
 
 def _of_safetensors(path: Path) -> Shapes:
