@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -36,14 +35,12 @@ from study.ledger import Ledger
 from study.ledger_entries import CellOutcome, Epoch
 from study.ledger_writer import LedgerWriter
 from study.plan import Cache, Plan
+from study.preparing import prepare_data, require_disk
 from study.progress import Progress
 from study.schedule import Node, Schedule, pending_schedule
-from study.store import NO_ROOM, Store
+from study.store import Store
 from trainables.cache_files import cache_name, record_of, release
-from trainables.data.index import DataError
-from trainables.data.opened import Folders, open_data
 from trainables.results import CellResult, EpochRecord
-from trainables.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +93,7 @@ def _run(plan: Plan, options: RunOptions, store: Store, console: Console, halt: 
     # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
     named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
     if (pending := pending_schedule(plan, store.root)).nodes:
+        require_disk(plan, store)
         _executor(plan, options, store).check(pending, store)  # also before hours of decoding
     contents = prepare_data(plan, store, console)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
@@ -297,6 +295,7 @@ class Session:
         return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
 
 
+<<<<<<< HEAD
 def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
     """Draw, decode and check every data set once; cache identity → digest of the contents of its images and masks."""
     contents: dict[str, str] = {}
@@ -329,6 +328,8 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
     return contents
 
 
+=======
+>>>>>>> 0dbbbdc7f08a02a4cac5a50f7e3e0e4c60c8c163
 def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
     if options.executor == "local":
         return LocalExecutor(plan.study.execution.max_failures, options.timeout)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from trainables.data.placing import Fit
 from trainables.data.registry import locate
 
 _log = logging.getLogger(__name__)
+
+Told = Callable[[int, int], None]  # (images done, images to do)
 
 Hashes = npt.NDArray[np.uint8]  # (N, 32) sha256 of each image's pixels
 Stamps = npt.NDArray[np.int64]  # (N, 2) size in bytes, time of change in ns
@@ -49,7 +51,17 @@ class ImageCache:
     decoded: int
 
     @classmethod
-    def open(cls, index: Index, root: Path, *, image_size: int, fit: Fit, folder: Path, workers: int = 1) -> ImageCache:
+    def open(
+        cls,
+        index: Index,
+        root: Path,
+        *,
+        image_size: int,
+        fit: Fit,
+        folder: Path,
+        workers: int = 1,
+        told: Told | None = None,
+    ) -> ImageCache:
         """Open the cache under `folder`, decoding what is missing from it.
 
         Several processes may open one cache at the same time: one decodes, the others wait for it.
@@ -62,6 +74,7 @@ class ImageCache:
                 'letterbox' the longer side, the rest is grey.
             folder: of all caches.
             workers: threads that decode.
+            told: hears after each image how many of those to decode are done.
 
         Raises:
             DataError: images that are missing or cannot be read.
@@ -74,7 +87,7 @@ class ImageCache:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(store.folder.with_suffix(".lock")):
                 # Another process may have decoded meanwhile: load again.
-                return _complete(store, store.load(), paths, stamps, workers)
+                return _complete(store, store.load(), paths, stamps, workers, told)
         return _opened(stored, 0)
 
 
@@ -209,7 +222,14 @@ class _Store:
         return int(np.prod(self.shape))
 
 
-def _complete(store: _Store, stored: _Stored | None, paths: Sequence[Path], stamps: Stamps, workers: int) -> ImageCache:
+def _complete(
+    store: _Store,
+    stored: _Stored | None,
+    paths: Sequence[Path],
+    stamps: Stamps,
+    workers: int,
+    told: Told | None,
+) -> ImageCache:
     """Decode what is missing or outdated into a new pixel file; the caller holds the lock."""
     todo = np.arange(len(paths)) if stored is None else stored.outdated(stamps)
     if stored is not None and len(todo) == 0:
@@ -226,7 +246,7 @@ def _complete(store: _Store, stored: _Stored | None, paths: Sequence[Path], stam
         pixels[:] = stored.pixels
         hashes[:] = stored.stated
     try:
-        _decode_into(pixels, hashes, paths, todo, store, workers)
+        _decode_into(pixels, hashes, paths, todo, store, workers, told)
     except DataError:
         path.unlink()  # with holes in it, it is of no use to anybody
         raise
@@ -243,6 +263,7 @@ def _decode_into(
     todo: npt.NDArray[np.intp],
     store: _Store,
     workers: int,
+    told: Told | None,
 ) -> None:
     """Decode the images `todo` into their places; Pillow decodes outside of the interpreter's lock, so threads do.
 
@@ -263,8 +284,12 @@ def _decode_into(
         return None
 
     pool = ThreadPoolExecutor(max(1, workers))
+    failures: list[str] = []
     try:
-        failures = [failure for failure in pool.map(decode_one, todo.tolist()) if failure is not None]
+        for done, failure in enumerate(pool.map(decode_one, todo.tolist()), start=1):
+            failures += [] if failure is None else [failure]
+            if told is not None:
+                told(done, len(todo))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C what is left of a large data set must not be decoded first
     if failures:
