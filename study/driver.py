@@ -295,41 +295,6 @@ class Session:
         return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
 
 
-<<<<<<< HEAD
-def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
-    """Draw, decode and check every data set once; cache identity → digest of the contents of its images and masks."""
-    contents: dict[str, str] = {}
-    opened: dict[str, str] = {}
-    problems: list[str] = []
-    folders = Folders(store.phantoms, store.images, store.splits)
-    for chain in plan.chains:
-        settings = chain.cell.settings
-        at = settings.model_dump_json(include={"task", "dataset", "segmentation"})
-        if at not in opened:
-            try:
-                if plan.images_to_decode:
-                    console.print(f"preparing {settings.dataset.name} …", highlight=False)
-                kind = TASKS[settings.task]
-                workers = os.cpu_count() or 1
-                data = open_data(settings.dataset, folders, workers=workers, labels_learnt=kind.labels_learnt)
-                opened[at] = kind.contents(settings, data)
-                store.check_contents(chain.cache_identity, opened[at])
-            except (DataError, StudyError) as error:
-                problems += str(error).split("\n")
-                opened[at] = ""
-            except OSError as error:
-                where = error.filename or store.root
-                remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
-                problems.append(f"preparing {settings.dataset.name}: {where}: {error.strerror}; {remedy}")
-                opened[at] = ""
-        contents[chain.cache_identity] = opened[at]
-    if problems:
-        raise StudyError(problems)
-    return contents
-
-
-=======
->>>>>>> 0dbbbdc7f08a02a4cac5a50f7e3e0e4c60c8c163
 def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
     if options.executor == "local":
         return LocalExecutor(plan.study.execution.max_failures, options.timeout)
