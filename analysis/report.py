@@ -47,8 +47,8 @@ class ReportPaths:
 
 
 @dataclass(frozen=True)
-class _Study:
-    """All that is computed, before anything is written."""
+class Computed:
+    """All of a study's report that is computed, before anything is written."""
 
     table: StudyTable
     noise: tuple[PatientNoise, ...]
@@ -72,8 +72,8 @@ def write_report(records: StudyRecords, folder: Path, pixels: PixelSource | None
         RecordsError: the records contradict their header.
         PublishedError: the study names published numbers that are not there.
     """
-    study = _compute(records, pixels)
-    tables, notes = _document(study), [*map("Attention: {}".format, study.problems), *wording.table_notes(study.table)]
+    study = compute(records, pixels)
+    tables, notes = tables_of(study), [*map("Attention: {}".format, study.problems), *wording.table_notes(study.table)]
     paths = ReportPaths(
         folder=folder,
         table_md=write_atomically(folder / "table.md", to_markdown(study.table.header.title, tables, notes)),
@@ -81,14 +81,17 @@ def write_report(records: StudyRecords, folder: Path, pixels: PixelSource | None
         table_csv=write_atomically(folder / TABLE_FILE, table_csv(study.table)),
         cells_csv=write_atomically(folder / CELLS_FILE, cells_csv(records)),
         html=folder / "report.html",
-        figures=_write_figures(study.drawings, folder / "figures"),
+        figures=write_figures(study.drawings, folder / "figures"),
     )
     write_atomically(paths.html, _page(study))  # last: a page never speaks of files that are not there yet
     return paths
 
 
-def _compute(records: StudyRecords, pixels: PixelSource | None) -> _Study:
-    """What stored predictions do not give is told at the head of the report: the tables do not rest on them."""
+def compute(records: StudyRecords, pixels: PixelSource | None) -> Computed:
+    """Compute a study's tables and figures.
+
+    What stored predictions do not give is told at the head of the report: the tables do not rest on them.
+    """
     table = build_table(records)
     problems: list[str] = []
     noise: list[PatientNoise] = []
@@ -103,10 +106,10 @@ def _compute(records: StudyRecords, pixels: PixelSource | None) -> _Study:
     except (PredictionsError, LedgerError) as error:
         problems.append(str(error))
     drawings = (*draw_all(records, table), *pictures)
-    return _Study(table, tuple(noise), set_beside(table), drawings, tuple(problems), tuple(without_images))
+    return Computed(table, tuple(noise), set_beside(table), drawings, tuple(problems), tuple(without_images))
 
 
-def _document(study: _Study) -> list[TextTable]:
+def tables_of(study: Computed) -> list[TextTable]:
     """The tables of table.md, in the order of the page."""
     table = study.table
     tables: list[TextTable | None] = [layout.main_table(table), layout.other_metrics_table(table)]
@@ -118,7 +121,7 @@ def _document(study: _Study) -> list[TextTable]:
     return [one for one in tables if one is not None]
 
 
-def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
+def write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
     written = []
     for drawing in drawings:
         written.append(write_atomically(folder / f"{drawing.name}.png", drawing.png))
@@ -131,17 +134,28 @@ def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...
 # ---------------------------------------------------------------- the page
 
 
-@lru_cache(maxsize=1)
-def _template() -> Template:
+@lru_cache(maxsize=8)
+def template(name: str) -> Template:
+    """A template of the report's folder; everything that it is given is escaped."""
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
-def _page(study: _Study) -> str:
+def _page(study: Computed) -> str:
+    context = _context(study)
+    return template("report.html.j2").render(context, prefix="", sections=_sections(study)) + "\n"
+
+
+def sections_of(study: Computed, prefix: str) -> str:
+    """A study's sections, to stand in a page with others'; `prefix` keeps their anchors apart."""
+    return template("sections.html.j2").render(_context(study), prefix=prefix)
+
+
+def _context(study: Computed) -> dict[str, object]:
     table, header = study.table, study.table.header
     readings = _readings(study)
-    context = {
+    return {
         "header": header,
         "problems": (*study.problems, *table.problems),
         "main": layout.main_table(table),
@@ -165,10 +179,9 @@ def _page(study: _Study) -> str:
         "provenance": _provenance(table),
         "runs": layout.runs_table(table),
     }
-    return _template().render(context, sections=_sections(study, bool(readings))) + "\n"
 
 
-def _readings(study: _Study) -> list[tuple[str, list[str]]]:
+def _readings(study: Computed) -> list[tuple[str, list[str]]]:
     """Data set → its comparisons in plain language, as many as one would read."""
     noise = {(n.dataset, n.row, n.reference): n for n in study.noise}
     shown = study.table.comparisons[:_MOST_READINGS]
@@ -205,11 +218,11 @@ def _provenance(table: StudyTable) -> list[tuple[str, str]]:
     return facts
 
 
-def _sections(study: _Study, compared: bool) -> list[tuple[str, str]]:
+def _sections(study: Computed) -> list[tuple[str, str]]:
     kinds = _by_kind(study.drawings)
     sections = [
         ("table", "Table", True),
-        ("comparisons", "Comparisons", compared),
+        ("comparisons", "Comparisons", bool(_readings(study))),
         ("published", "Published numbers", study.beside is not None),
         ("classes", "By class", bool(study.table.per_class or kinds["per_class"])),
         ("pictures", "Predictions beside the truth", bool(kinds["pictures"] or study.without_images)),

@@ -75,6 +75,11 @@ def run_to_table(declared: Study, launch: Launch, console: Console) -> Launched:
     """Run a study within `prepared`, and show its table."""
     planned = planned_for(declared, launch, download=True)
     require_images(planned)
+    return run_planned(planned, launch, console)
+
+
+def run_planned(planned: Plan, launch: Launch, console: Console) -> Launched:
+    """Run a plan whose images are there, within `prepared`, and show its table."""
     from study.driver import run_plan
 
     launched = run_plan(planned, run_options(launch), console)
