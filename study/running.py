@@ -19,6 +19,7 @@ from study.options import tracking_address
 
 if TYPE_CHECKING:
     from study.chains import Chain
+    from study.driver import Launched, RunOptions
     from study.plan import Plan
     from study.spec import Study
     from trainables.data.index import Index
@@ -65,34 +66,54 @@ def run_study(declared: Study, launch: Launch) -> int:
     Returns:
         exit status: 0 every cell has finished, 1 some have not.
     """
-    command = "python study/launch.py " + shlex.join(sys.argv[1:])
     console = Console(stderr=launch.as_json)
-    _silence(launch.verbose)
-    with _stoppable(command, console):
-        planned = _planned(declared, launch, download=True)
-        _require_images(planned)
-        from study.driver import RunOptions, run_plan
-
-        options = RunOptions(
-            launch.folder,
-            command,
-            tracking_uri=launch.tracking_uri,
-            address=launch.address,
-            executor=launch.executor,
-            timeout=launch.timeout,
-            verbose=launch.verbose,
-        )
-        launched = run_plan(planned, options, console)
-        _conclude(declared.name, launch, console)
-    _say_where(launch, launched.ui_path, console)
+    with prepared(launch, console):
+        launched = run_to_table(declared, launch, console)
+    say_where(launch, launched.ui_path, console)
     return 0 if launched.complete else FAILED
+
+
+def run_to_table(declared: Study, launch: Launch, console: Console) -> Launched:
+    """Run a study within `prepared`, and show its table."""
+    planned = planned_for(declared, launch, download=True)
+    require_images(planned)
+    return run_planned(planned, launch, console)
+
+
+def run_planned(planned: Plan, launch: Launch, console: Console) -> Launched:
+    """Run a plan whose images are there, within `prepared`, and show its table."""
+    from study.driver import run_plan
+
+    launched = run_plan(planned, run_options(launch), console)
+    _conclude(planned, launch, console)
+    return launched
+
+
+def this_command() -> str:
+    """What was typed, to be typed again."""
+    return "python study/launch.py " + shlex.join(sys.argv[1:])
+
+
+def run_options(launch: Launch) -> RunOptions:
+    """A launch in the driver's terms."""
+    from study.driver import RunOptions
+
+    return RunOptions(
+        launch.folder,
+        this_command(),
+        tracking_uri=launch.tracking_uri,
+        address=launch.address,
+        executor=launch.executor,
+        timeout=launch.timeout,
+        verbose=launch.verbose,
+    )
 
 
 def print_plan(declared: Study, launch: Launch) -> None:
     """Say what would run and what it costs; nothing is written."""
     from study.schedule import pending_schedule
 
-    planned = _planned(declared, launch, download=False)
+    planned = planned_for(declared, launch, download=False)
     pending = pending_schedule(planned, launch.folder).pending_units
     if launch.as_json:
         print(json.dumps(planned.as_json() | {"pending_units": pending}, indent=2))
@@ -102,13 +123,14 @@ def print_plan(declared: Study, launch: Launch) -> None:
     Console().print(plan_table(planned, pending))
 
 
-def _planned(declared: Study, launch: Launch, *, download: bool) -> Plan:
+def planned_for(declared: Study, launch: Launch, *, download: bool) -> Plan:
+    """The plan of a study in a launch's storage."""
     from study.plan import make_plan
 
     return make_plan(declared, storage=launch.folder, sharing=launch.sharing, download=download)
 
 
-def _require_images(plan: Plan) -> None:
+def require_images(plan: Plan) -> None:
     """Refuse images that are missing, or named outside of their folder, before anything is written.
 
     Raises:
@@ -140,26 +162,29 @@ def _places(chain: Chain) -> list[tuple[str | None, Index]]:
 
 
 @contextmanager
-def _stoppable(command: str, console: Console) -> Iterator[None]:
-    """Answer Ctrl-C and SIGTERM with the command that goes on, and the exit status of the signal."""
+def prepared(launch: Launch, console: Console) -> Iterator[None]:
+    """Quiet the libraries; answer Ctrl-C and SIGTERM with the command that goes on, and the signal's exit status."""
+    _silence(launch.verbose)
     try:
         with answered_signals():
             yield
     except Interrupted as stopped:
         console.print(f"\nstopped by {stopped}; nothing that was finished is lost. To go on:")
-        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {this_command()}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(stopped.status) from None
 
 
-def _conclude(name: str, launch: Launch, console: Console) -> None:
+def _conclude(plan: Plan, launch: Launch, console: Console) -> None:
     from analysis.records import load
     from analysis.report import terminal_table, write_report
+    from study.pictures import images_of
 
+    name = plan.study.name
     records = load(launch.ledger, name)
     with report_at(
         launch.folder / name / "report", f"python study/launch.py report {name} {launch.ledger_options}"
     ) as at:
-        paths = write_report(records, at)
+        paths = write_report(records, at, images_of(plan, launch.folder))
     console.print(terminal_table(records))
     units = records.header.units
     saved = units.alone / units.shared if units.shared else 1.0
@@ -172,7 +197,8 @@ def _conclude(name: str, launch: Launch, console: Console) -> None:
         print(json.dumps({"report": str(paths.html), "units": units.model_dump()}))
 
 
-def _say_where(launch: Launch, ui_path: str, console: Console) -> None:
+def say_where(launch: Launch, ui_path: str, console: Console) -> None:
+    """How to open the MLflow UI."""
     uri = launch.tracking_uri
     if uri is not None and uri.startswith("http"):
         console.print(f"MLflow: {uri.rstrip('/')}{ui_path}", highlight=False, soft_wrap=True)

@@ -160,6 +160,11 @@ def shipped_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
+def shipped_joint_studies() -> dict[str, Path]:
+    """Name → file of the joint studies that come with the project; see `study.joint`."""
+    return {path.stem: path for path in sorted((SHIPPED / "joint").glob("*.yaml"))}
+
+
 def find_study(name: str) -> Path:
     """File of a shipped study by name, or the file itself.
 
@@ -169,6 +174,7 @@ def find_study(name: str) -> Path:
     shipped = shipped_studies()
     if name in shipped:
         return shipped[name]
+    shipped |= shipped_joint_studies()  # in what is said
     path = Path(name)
     if os.path.isfile(name):  # noqa: PTH113 (Path raises for a name too long to be one)
         return path
