@@ -225,10 +225,10 @@ def _looks(name: str, document: StudyDocument, problems: Problems) -> dict[str, 
 
 
 def _away_name(name: str, other: TestOnSettings) -> str:
-    """The other data set's name, with what it differs by where it is called as the first."""
+    """The other data set's name; not its folder, which may be moved without changing what a cell is."""
     if other.name != name:
         return other.name
-    return f"hospital {other.hospital}" if other.root is None else f"{other.name} in {other.root}"
+    return f"hospital {other.hospital}" if other.root is None else f"another {other.name}"
 
 
 def _refuse_too_many_cells(documents: dict[str, StudyDocument], problems: Problems) -> None:
