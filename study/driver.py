@@ -34,7 +34,7 @@ from study.documents import StudyError
 from study.executors import Executor, LocalExecutor
 from study.interrupts import Halt, StudyHaltedError, answered_signals
 from study.ledger import Ledger
-from study.ledger_entries import CellOutcome, Epoch
+from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
 from study.plan import Cache, Plan
 from study.progress import Progress
@@ -71,8 +71,11 @@ class Launched(NamedTuple):
     ui_path: str
 
 
-def run_plan(plan: Plan, options: RunOptions, console: Console) -> Launched:
+def run_plan(plan: Plan, options: RunOptions, console: Console, begin: Callable[..., Session] | None = None) -> Launched:
     """Run what is missing and bring the ledger up to date.
+
+    Args:
+        begin: makes the session, with the arguments of `Session`; for studies that grow.
 
     Raises:
         StudyError: the data, storage or cluster cannot be used, or another driver runs the study; nothing was trained.
@@ -84,14 +87,16 @@ def run_plan(plan: Plan, options: RunOptions, console: Console) -> Launched:
     halt = Halt()
     with claimed(store.locks, plan.study.name, options.command), answered_signals():
         try:
-            return _run(plan, options, store, console, halt)
+            return _run(plan, options, store, console, halt, begin or Session)
         except KeyboardInterrupt:
             if halt.reason is None:
                 raise
             raise _halted(halt.reason, store) or StudyHaltedError(str(halt.reason)) from halt.reason
 
 
-def _run(plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt) -> Launched:
+def _run(
+    plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt, begin: Callable[..., Session]
+) -> Launched:
     store.sweep()
     # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
     named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
@@ -100,7 +105,7 @@ def _run(plan: Plan, options: RunOptions, store: Store, console: Console, halt: 
     contents = prepare_data(plan, store, console)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
     say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    session = Session(plan, store, ledger, contents, options.command, say=say, halt=halt)
+    session = begin(plan, store, ledger, contents, options.command, say=say, halt=halt)
     session.open()
     try:
         schedule = session.schedule()
@@ -169,12 +174,11 @@ class Session:
 
     def open(self) -> None:
         """Declare rows and cells, and write what earlier launches finished."""
-        rows = row_headers(self._plan)
-        cells = cell_headers(self._plan, rows)
+        rows, cells = self._declared()
         header = study_header(
             self._plan, counted_units(self._plan, [], {}).model_copy(update={"executed": None}), self._provenance
         )
-        self._ledger.open(header, list(rows.values()), cells)
+        self._ledger.open(header, rows, cells)
         for chain in self._plan.chains:
             self._take_result(chain)
 
@@ -254,6 +258,15 @@ class Session:
 
     # -- small parts --------------------------------------------------------------------------------------------------
 
+    def _declared(self) -> tuple[list[RowHeader], list[CellHeader]]:
+        """The rows and cells of the plan as the ledger shall have them."""
+        rows = row_headers(self._plan)
+        return list(rows.values()), cell_headers(self._plan, rows)
+
+    def _outcome(self, chain: Chain, result: CellResult) -> CellOutcome:
+        """What the ledger is told of a cell that has a result."""
+        return finished_outcome(chain, result, self._store, None)
+
     def _has_result(self, chain: Chain) -> bool:
         return chain.key in self._results or self._store.has_result(chain.leaf, chain.observer.name)
 
@@ -265,7 +278,7 @@ class Session:
         self._results[chain.key] = (chain, result)
 
         def told() -> tuple[Sequence[Epoch], CellOutcome]:
-            return epochs_of(chain, result.history), finished_outcome(chain, result, self._store, None)
+            return epochs_of(chain, result.history), self._outcome(chain, result)
 
         self._ledger.record(chain.key, told)
         return True
