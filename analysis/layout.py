@@ -271,7 +271,8 @@ def dataset_name(table: StudyTable, dataset: str) -> str:
 def metric_name(grid: MetricGrid) -> str:
     """What a per-class grid measures, as it is read: `auc/Hernia` → AUC."""
     prefix = grid.columns[0].partition("/")[0]
-    return prefix.upper() if prefix in ("auc", "ap") else prefix
+    average_precision = {"ap50": "AP@50", "ap50_95": "AP@50-95"}
+    return average_precision.get(prefix, prefix.upper() if prefix in ("auc", "ap") else prefix)
 
 
 def row_name(line: TableLine) -> str:

@@ -48,7 +48,7 @@ CATALOGUE = (
     Source("chexpert_comparison.csv", "Table 8", "chexpert", {"mean_auc": "macro_auc"}),
     Source("chexpert_validation.csv", "Table 9", "chexpert"),
     Source("detection.csv", "Table 10", "vindr_cxr", _DETECTION),
-    Source("segmentation.csv", "the section on segmentation", "vindr_cxr"),
+    Source("segmentation.csv", "section on segmentation", "vindr_cxr"),
 )
 
 

@@ -7,6 +7,7 @@ cell that did not finish removes its pair and is named. What each number means i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -305,10 +306,10 @@ def _per_class(header: StudyHeader, facts: Sequence[DatasetFacts], cells: pd.Dat
 
 
 def _class_prefix(header: StudyHeader, fact: DatasetFacts, cells: pd.DataFrame) -> str | None:
-    """Which per-class metric belongs to the main one: macro_auc → auc; else the first there is."""
+    """Which per-class metric belongs to the main one: macro_auc → auc, map50 → ap50; else the first there is."""
     split = (str(column).partition("/") for column in cells.columns)
     prefixes = sorted({prefix for prefix, slash, name in split if slash and name in fact.classes})
-    wanted = header.main_metric.removeprefix("macro_").removeprefix("mean_")
+    wanted = re.sub(r"^(macro_|mean_|m(?=ap))", "", header.main_metric)
     return wanted if wanted in prefixes else next(iter(prefixes), None)
 
 

@@ -16,31 +16,52 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from study.documents import StudyError
 from study.spec import Cell, Execution, Study
-from trainables.backbone_files import CONFIG, Backbone, BackboneError, file_sha256, find_backbone
-from trainables.costs import IMAGES, Costs, vit_costs
-from trainables.data.index import DataError, Index
+from trainables.costs import IMAGES, Costs
+from trainables.data.index import SPLITS, DataError, Index
 from trainables.data.registry import load_index
+from trainables.model_files import BackboneError
 from trainables.requests import Compute, Observer
-from trainables.settings import READING, DatasetSettings, Settings
+from trainables.settings import ONLY_IN_TASK, READING, DatasetSettings, Settings
 from trainables.strategy import Phase, phase, total_epochs
+from trainables.task_kind import ModelError, ModelFacts, TaskKind
+from trainables.tasks import TASKS
 
 ROOT_KEY = "root"
+TASK_GROUPS = {group for group, names in ONLY_IN_TASK if not names}
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a row's settings mean on a data set: its index, encoder and costs."""
+    """What a row's settings mean on a data set: its index, model, classes, and the digest of its boxes or masks."""
 
     index: Index
-    backbone: Backbone
-    costs: Costs
+    model: ModelFacts
+    classes: tuple[str, ...]
+    targets_digest: str
+    annotated: npt.NDArray[np.bool_] | None  # images that take part; None: all
+
+    @property
+    def costs(self) -> Costs:
+        """Of the model's parts."""
+        return self.model.costs
 
     @cached_property
+    def images(self) -> dict[str, int]:
+        """Split → images of it that take part."""
+        counted = {split: self.index.rows(split) for split in SPLITS}
+        if self.annotated is not None:
+            counted = {split: rows[self.annotated[rows]] for split, rows in counted.items()}
+        return {split: len(rows) for split, rows in counted.items()}
+
+    @property
     def train_images(self) -> int:
-        """Images of the training split."""
-        return len(self.index.rows("train"))
+        """Images of the training split that take part."""
+        return self.images["train"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,13 +171,13 @@ def digest(*parts: object) -> str:
 
 @cache
 def sources_digest() -> str:
-    """Digest of the code that results depend on: every module of trainables but the pretraining script."""
+    """Digest of the code that results depend on: every module of trainables but the pretraining scripts."""
     import trainables
 
     root = Path(trainables.__file__).parent
     h = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.name != "pretrain.py":
+        if not path.name.startswith("pretrain"):
             h.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return h.hexdigest()
 
@@ -171,19 +192,32 @@ def library_versions() -> dict[str, str]:
 # -- material --------------------------------------------------------------------------------------------------------
 
 
+def the_task(study: Study) -> TaskKind:
+    """The task that every row of a study has.
+
+    Raises:
+        StudyError: rows differ, so that no metric could compare them.
+    """
+    tasks = {row.settings[dataset].task for row in study.rows for dataset in study.datasets}
+    if len(tasks) > 1:
+        raise StudyError([f"task: rows differ ({', '.join(sorted(tasks))}); one study has one"])
+    return TASKS[tasks.pop()]
+
+
 def materials_of(study: Study, storage: Path, download: bool) -> dict[tuple[str, int], Material]:
     """(data set, row index) → what the row's settings mean there.
 
     Raises:
         StudyError: with every problem of data, encoder and settings.
     """
+    the_task(study)
     problems: list[str] = []
     found: dict[tuple[str, int], Material] = {}
     for dataset in study.datasets:
         for row in study.rows:
             try:
                 found[dataset, row.index] = _material(row.settings[dataset], storage, download)
-            except (DataError, BackboneError, StudyError) as error:
+            except (DataError, BackboneError, ModelError, StudyError) as error:
                 problems += str(error).split("\n")
     if problems:
         raise StudyError(dict.fromkeys(problems))
@@ -192,39 +226,21 @@ def materials_of(study: Study, storage: Path, download: bool) -> dict[tuple[str,
 
 def _material(settings: Settings, storage: Path, download: bool) -> Material:
     index = _index(settings.dataset.model_dump_json(), storage / "splits")
-    backbone = _backbone(settings.model.backbone, download)
-    strategy = settings.strategy
-    if strategy.unfreezing != "none" and strategy.depth != "all" and strategy.depth > backbone.layers:
-        raise StudyError(
-            [f"strategy.depth: {strategy.depth} blocks, but backbone {backbone.name!r} has {backbone.layers}"]
-        )
-    unknown = [name for name in settings.weighting.boosts if name not in (*index.classes, *index.dropped)]
+    kind = TASKS[settings.task]
+    classes = kind.classes(settings, index)
+    model = kind.facts(settings, classes, download)
+    strategy, blocks = settings.strategy, len(model.costs.blocks)
+    if strategy.unfreezing != "none" and strategy.depth != "all" and strategy.depth > blocks:
+        raise StudyError([f"strategy.depth: {strategy.depth} blocks, but backbone {model.name!r} has {blocks}"])
+    unknown = [name for name in settings.weighting.boosts if name not in (*classes, *index.classes, *index.dropped)]
     if unknown:
         raise StudyError([f"weighting.boosts: {index.dataset} has no class {', '.join(unknown)}"])
-    if settings.dataset.image_size < backbone.patch:
-        raise StudyError(
-            [f"dataset.image_size: {settings.dataset.image_size} px is below one {backbone.patch} px patch"]
-        )
-    costs = vit_costs(
-        hidden=backbone.hidden,
-        layers=backbone.layers,
-        mlp_ratio=backbone.mlp_ratio,
-        patch=backbone.patch,
-        image_size=settings.dataset.image_size,
-        head_hidden=settings.model.head_hidden,
-        classes=len(index.classes),
-    )
-    return Material(index, backbone, costs)
+    return Material(index, model, classes, kind.targets_digest(settings, index), kind.annotated(settings, index))
 
 
 @cache
 def _index(dataset_json: str, splits: Path) -> Index:
     return load_index(DatasetSettings.model_validate_json(dataset_json), splits if splits.is_dir() else None)
-
-
-@cache
-def _backbone(name: str, download: bool) -> Backbone:
-    return find_backbone(name, download=download)
 
 
 # -- chains ----------------------------------------------------------------------------------------------------------
@@ -262,18 +278,19 @@ def _ground(settings: Settings, material: Material, compute: Compute) -> str:
         s.dataset.model_dump_json(exclude={"root", *READING}),
         s.model.model_dump_json(exclude={"backbone", "mean", "std"}),
         s.optimiser.model_dump_json(include={"batch_size", "weight_decay", "clip_norm"}),
-        s.task,
+        s.model_dump_json(include=TASK_GROUPS),
         material.index.digest(),
-        *_encoder(s, material.backbone),
+        material.classes,
+        material.targets_digest,
+        *_encoder(s, material.model),
         compute,
     )
 
 
-def _encoder(settings: Settings, backbone: Backbone) -> tuple[object, ...]:
+def _encoder(settings: Settings, model: ModelFacts) -> tuple[object, ...]:
     """What the encoder's activations depend on besides the images: its weights, its shape, and the pixel statistics."""
-    model = settings.model
-    config = None if backbone.folder is None else file_sha256(backbone.folder / CONFIG)
-    return backbone.weights_digest(), config, model.mean or backbone.mean, model.std or backbone.std
+    given = settings.model
+    return settings.task, model.weights_digest, model.shape_digest, given.mean or model.mean, given.std or model.std
 
 
 @cache
@@ -312,7 +329,7 @@ def _cache_identity(settings: Settings, material: Material, compute: Compute) ->
     data = settings.dataset
     return _identity_digest(
         material.index.digest(),
-        *_encoder(settings, material.backbone),
+        *_encoder(settings, material.model),
         data.image_size,
         data.fit,
         compute,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from analysis.schema import StudyHeader, Units
-from study.chains import Chain, digest, library_versions
+from study.chains import Chain, digest, library_versions, the_task
 from study.documents import flatten
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.plan import Plan
@@ -16,8 +17,6 @@ from study.spec import Row
 from study.store import Store
 from trainables.results import CellResult, EpochRecord
 
-METRIC_LABELS = {"macro_auc": "macro AUC"}
-MAIN_METRIC = {"classification": "macro_auc"}
 NEEDS_NO_RESULTS: dict[str, int | None] = {"executed": None, "stopped_early": 0, "recomputed": 0}
 
 
@@ -25,22 +24,21 @@ def study_header(plan: Plan, units: Units, provenance: dict[str, str]) -> StudyH
     """What a table needs to know besides its rows and cells."""
     study = plan.study
     materials = {chain.cell.dataset: chain.material for chain in plan.chains}
-    task = study.rows[0].settings[study.datasets[0]].task
-    metric = MAIN_METRIC[task]
+    kind = the_task(study)
     return StudyHeader(
         study=study.name,
         title=study.title,
         description=study.description,
-        task=task,
-        main_metric=metric,
-        metric_label=METRIC_LABELS[metric],
+        task=study.rows[0].settings[study.datasets[0]].task,
+        main_metric=kind.main_metric,
+        metric_label=kind.metric_label,
         rows=tuple(row.name for row in study.rows),
         seeds=study.seeds,
         datasets=study.datasets,
         parts=study.parts,
         comparisons=study.comparisons(),
         per_class=study.report.per_class,
-        classes={name: m.index.classes for name, m in materials.items()},
+        classes={name: m.classes for name, m in materials.items()},
         dropped={name: m.index.dropped for name, m in materials.items()},
         synthetic=tuple(name for name, m in materials.items() if m.index.synthetic),
         published=study.report.published,
@@ -55,13 +53,13 @@ def provenance(plan: Plan, command: str) -> dict[str, str]:
     facts = {"command": command, "device": plan.compute.device, "precision": plan.compute.precision}
     facts["threads a trial"] = str(plan.compute.threads)
     for chain in plan.chains:
-        backbone, index = chain.material.backbone, chain.material.index
-        facts[f"backbone {backbone.name}"] = f"sha256 {backbone.weights_digest()[:16]}"
+        model, index = chain.material.model, chain.material.index
+        facts[f"backbone {model.name}"] = f"sha256 {model.weights_digest[:16]}"
         facts[f"data set {index.dataset}"] = (
             f"{len(index)} images, {len(set(index.groups.tolist()))} {index.group_kind}s, "
             f"split {index.split_digest()[:16]}"
         )
-    return facts | library_versions()
+    return facts | library_versions() | {name: version(name) for name in the_task(plan.study).libraries}
 
 
 def row_headers(plan: Plan) -> dict[tuple[str, str], RowHeader]:
@@ -214,14 +212,15 @@ def _params(row: Row, dataset: str) -> dict[str, str]:
 
 
 def _notes(plan: Plan) -> tuple[str, ...]:
-    """What a reader of the table must know: leakage, tolerance modes, the data sets' own notes, the study's."""
-    notes: dict[str, None] = {}
+    """What a reader of the table must know: how it was measured, leakage, tolerance modes, the data sets' own notes."""
+    kind = the_task(plan.study)
+    notes = {note: None for chain in plan.chains for note in kind.notes(chain.cell.settings)}
     by_dataset: dict[str, set[str]] = defaultdict(set)
     for chain in plan.chains:
         index = chain.material.index
         for note in index.notes:
             notes[f"{index.dataset}: {note}"] = None
-        by_dataset[index.dataset].add(chain.material.backbone.name)
+        by_dataset[index.dataset].add(chain.material.model.name)
     for dataset, backbones in by_dataset.items():
         if dataset in ("chestxray14", "chexpert") and any("rad-dino" in name.lower() for name in backbones):
             notes[

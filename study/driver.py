@@ -17,10 +17,9 @@ from rich.console import Console
 
 from analysis.schema import StudyHeader
 from analysis.tracking import LedgerError
-from study.chains import Chain
+from study.chains import Chain, the_task
 from study.claim import claimed
 from study.declare import (
-    MAIN_METRIC,
     cell_headers,
     counted_units,
     epochs_of,
@@ -44,6 +43,7 @@ from trainables.cache_files import cache_name, record_of, release
 from trainables.data.index import DataError
 from trainables.data.opened import Folders, open_data
 from trainables.results import CellResult, EpochRecord
+from trainables.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +110,7 @@ def _run(
     try:
         schedule = session.schedule()
         if schedule.nodes:
-            metric = MAIN_METRIC[plan.study.rows[0].settings[plan.study.datasets[0]].task]
-            with Progress(console, schedule, metric) as progress:
+            with Progress(console, schedule, the_task(plan.study).main_metric) as progress:
                 session.watch(schedule, progress)
                 _executor(plan, options, store).run(schedule, store, session)
         header, complete = session.close()
@@ -312,20 +311,20 @@ class Session:
 
 
 def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
-    """Draw, decode and check every data set once; cache identity → digest of its images' contents."""
+    """Draw, decode and check every data set once; cache identity → digest of the contents of its images and masks."""
     contents: dict[str, str] = {}
     opened: dict[str, str] = {}
     problems: list[str] = []
     folders = Folders(store.phantoms, store.images, store.splits)
     for chain in plan.chains:
-        settings = chain.cell.settings.dataset
-        at = settings.model_dump_json()
+        settings = chain.cell.settings
+        at = settings.model_dump_json(include={"task", "dataset", "segmentation"})
         if at not in opened:
             try:
                 if plan.images_to_decode:
-                    console.print(f"preparing {settings.name} …", highlight=False)
-                data = open_data(settings, folders, workers=os.cpu_count() or 1)
-                opened[at] = data.images.contents_digest
+                    console.print(f"preparing {settings.dataset.name} …", highlight=False)
+                data = open_data(settings.dataset, folders, workers=os.cpu_count() or 1)
+                opened[at] = TASKS[settings.task].contents(settings, data)
                 store.check_contents(chain.cache_identity, opened[at])
             except (DataError, StudyError) as error:
                 problems += str(error).split("\n")
@@ -333,7 +332,7 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
             except OSError as error:
                 where = error.filename or store.root
                 remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
-                problems.append(f"preparing {settings.name}: {where}: {error.strerror}; {remedy}")
+                problems.append(f"preparing {settings.dataset.name}: {where}: {error.strerror}; {remedy}")
                 opened[at] = ""
         contents[chain.cache_identity] = opened[at]
     if problems:

@@ -171,9 +171,9 @@ class Worker:
         Raises:
             TrainingError: what another try would meet again: data, encoder, settings, memory.
         """
-        from trainables.backbone_files import BackboneError
         from trainables.data.index import DataError
         from trainables.device import memory_left, memory_refused, release_memory
+        from trainables.model_files import BackboneError
         from trainables.results import TrainingError
 
         assert self._request is not None, "a worker takes a trial before it works"

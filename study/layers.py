@@ -194,10 +194,11 @@ def complete(file: StudyFile, dataset: str, choices: Choices, *, alone: bool) ->
 def check_spare_layers(file: StudyFile, names: tuple[str, ...], choices: Choices, problems: Problems) -> None:
     """Profiles and smoke settings are judged whether this launch uses them or not."""
     groups = tuple(Settings.model_fields)
+    settable = (*groups, "rows")  # the same rows may need other settings on another data set
     for dataset, profile in _mapping(file.document, "profiles").items():
         if dataset not in DATASETS:
             problems.add(("profiles", dataset), f"unknown data set{near(dataset, DATASETS)}")
-        _refuse_keys(("profiles", dataset), profile, problems, lambda key: key.split(".")[0] in groups, groups)
+        _refuse_keys(("profiles", dataset), profile, problems, lambda key: key.split(".")[0] in settable, settable)
         if dataset in DATASETS and dataset not in names:
             spare = complete(file, dataset, replace(choices, smoke=False), alone=False)
             spare.report(problems)

@@ -106,7 +106,8 @@ def _sources() -> str | None:
 
 
 def _weights(encoder: str) -> str:
-    from trainables.backbone_files import BackboneError, find_backbone
+    from trainables.backbone_files import find_backbone
+    from trainables.model_files import BackboneError
 
     try:
         return find_backbone(encoder, download=True).weights_digest()

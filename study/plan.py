@@ -244,15 +244,16 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
     """Pooled vectors always; token boundaries by benefit, as long as they fit in a share of the free disk."""
     readers: dict[tuple[str, int], dict[str, Chain]] = defaultdict(dict)
     for chain in chains:
+        costs = chain.material.costs
         for key, position in zip(chain.keys, chain.course.frozen_positions, strict=True):
-            if position > 0:
+            if costs.worth_keeping(position):
                 readers[chain.cache_identity, position][key] = chain
     budget = int(execution.cache_disk_share * _free_bytes(storage))
     pooled, tokens = [], []
     for (identity, position), users in readers.items():
         chain = next(iter(users.values()))
         wanted = _cache(chain, identity, position, tuple(users), execution)
-        if position == chain.material.costs.features:
+        if wanted.pooled:
             pooled.append(wanted)
         elif execution.token_cache != "never" and len(users) > 1:
             tokens.append(((len(users) - 1) * wanted.build_units, wanted))
@@ -266,13 +267,12 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
 
 
 def _cache(chain: Chain, identity: str, position: int, users: tuple[str, ...], execution: Execution) -> Cache:
-    costs, index = chain.material.costs, chain.material.index
-    pooled = position == costs.features
-    images = len(index) if pooled else len(index) - len(index.rows("test"))
-    values = costs.feature_values if pooled else costs.token_values
+    costs, material = chain.material.costs, chain.material
+    pooled = costs.pooled and position == costs.features
+    images = sum(material.images.values()) if pooled else material.images["train"] + material.images["val"]
     size = 4 if execution.cache_dtype == "float32" else 2
-    build = chain.material.train_images * costs.forward(IMAGES, position)
-    return Cache(identity, position, build, images * values * size, users, pooled)
+    build = material.train_images * costs.forward(IMAGES, position)
+    return Cache(identity, position, build, images * costs.values(position) * size, users, pooled)
 
 
 def _free_bytes(storage: Path) -> int:
@@ -324,5 +324,4 @@ def _disk_bytes(
 
 
 def _trained_bytes(chain: Chain, now: Phase) -> int:
-    costs = chain.material.costs
-    return 4 * (costs.head_parameters + now.unfrozen * costs.block_parameters)
+    return 4 * chain.material.costs.trained_parameters(now.unfrozen)

@@ -1,9 +1,11 @@
 """Activations of frozen prefixes, computed once: pooled vectors for head-only training, tokens at a block boundary.
 
 Below a boundary that no training crosses, activations of a fixed image are constant; they are kept in a memory map
-that all rows, seeds and processes of a node share. A probe on real batches checks that cached and fresh activations
-are equal to the bit, and measures that reading beats recomputing; where either fails, the prefix is recomputed and the
-reason is recorded. Every row carries a checksum, verified when it is first read.
+that all rows, seeds and processes of a node share. Libraries choose their algorithms by the size of a batch, and with
+them the last bits; so a frozen prefix is always computed in batches of full size, the last one filled up. A probe on
+real batches checks that cached and fresh activations are equal to the bit, and measures that reading beats
+recomputing; where either fails, the prefix is recomputed and the reason is recorded. Every row carries a checksum,
+verified when it is first read.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,20 @@ from trainables.task import Rows, StagedModel, Task
 log = logging.getLogger(__name__)
 
 TOLERANCE = 5e-3  # of the largest magnitude, for activations kept in fp16: a labelled tolerance mode
+
+
+class Fetched(NamedTuple):
+    """Activations of a batch.
+
+    Attributes:
+        values: on the device.
+        position: they are at.
+        start: position from which computing them began: IMAGES, or `position` where a cache served.
+    """
+
+    values: Tensor
+    position: int
+    start: int
 
 
 @dataclass
@@ -109,18 +125,20 @@ class Activations:
         """Name of a position's cache."""
         return cache_name(self._request.identity, self._contents, position, self._request.dtype)
 
-    def fetch(self, model: StagedModel, rows: Rows) -> tuple[Tensor, int]:
-        """Activations of rows on the device, and the position they are at."""
+    def fetch(self, model: StagedModel, rows: Rows) -> Fetched:
+        """Activations of rows on the device, from a cache or as far as they had to be computed here."""
         cache = self._opened.get(self._position)
         if cache is None or not cache.covers(rows):
-            return self._task.inputs(rows, self._device), IMAGES
+            if self._position == IMAGES or len(rows) >= self._batch_size:
+                return Fetched(self._task.inputs(rows, self._device), IMAGES, IMAGES)
+            return Fetched(self._prefix(model, rows, self._position), self._position, IMAGES)
         values, wrong = cache.read(rows)
         tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self._device).float()
         if wrong:
             self._say(f"{len(wrong)} damaged rows of the cache {cache.folder.name} are recomputed")
             tensor[wrong] = self._fresh(model, rows[wrong], self._position)
             cache.verified[cache.place[rows[wrong]]] = False
-        return tensor, self._position
+        return Fetched(tensor, self._position, self._position)
 
     def used_key(self) -> str | None:
         """Name of the cache in use at the present position, if one serves."""
@@ -135,7 +153,8 @@ class Activations:
 
     def _cached_rows(self, position: int) -> Rows:
         """Pooled vectors are small, so the test split has them too; tokens are kept for what is read every epoch."""
-        splits = ("train", "val", "test") if position == self._task.costs.features else ("train", "val")
+        costs = self._task.costs
+        splits = ("train", "val", "test") if costs.pooled and position == costs.features else ("train", "val")
         return np.sort(np.concatenate([self._task.rows(s) for s in splits]))
 
     def _open(self, model: StagedModel, position: int) -> PrefixCache:
@@ -180,8 +199,13 @@ class Activations:
         write_record(folder, counted | {"present": True})
 
     def _fresh(self, model: StagedModel, rows: Rows, position: int) -> Tensor:
+        return self._prefix(model, rows, position).float()
+
+    def _prefix(self, model: StagedModel, rows: Rows, position: int) -> Tensor:
+        """Activations of at most a full batch of rows, computed as part of a full one."""
+        filled = np.resize(rows, max(len(rows), self._batch_size))
         with torch.no_grad(), autocast(self._compute):
-            return model.advance(self._task.inputs(rows, self._device), IMAGES, position).float()
+            return model.advance(self._task.inputs(filled, self._device), IMAGES, position)[: len(rows)]
 
     # -- the probe --------------------------------------------------------------------------------------------------
 

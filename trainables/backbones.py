@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Dinov2Model
 from transformers.utils import logging as transformers_logging
 
-from trainables.backbone_files import CONFIG, WEIGHTS, Backbone, BackboneError
+from trainables.backbone_files import Backbone
 from trainables.costs import IMAGES
+from trainables.model_files import CONFIG, WEIGHTS, BackboneError
 from trainables.settings import ModelSettings
 from trainables.strategy import stream
 
@@ -95,7 +96,7 @@ class PooledViT(nn.Module):
             x = self.encoder.layernorm(x)[:, 1:].mean(dim=1)
         return x
 
-    def predict(self, features: Tensor) -> Tensor:
+    def predict(self, features: Tensor, side: None = None) -> Tensor:
         """(B, H) features → (B, C) logits."""
         logits: Tensor = self.classifier(features)
         return logits

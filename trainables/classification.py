@@ -66,6 +66,9 @@ class Classification:
         x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0).expand(-1, 3, -1, -1)
         return (x - self._mean.to(device)) / self._std.to(device)
 
+    def side_inputs(self, rows: Rows, device: torch.device, *, training: bool) -> None:
+        """Nothing."""
+
     def class_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Positives and negatives of each class in the training split, over the images labelled for it."""
         return self._index.class_counts("train")

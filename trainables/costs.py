@@ -22,9 +22,10 @@ class Costs:
     embedding: int
     blocks: tuple[int, ...]
     head: int
-    token_values: int = 0  # numbers that one image's activations have at a block boundary
+    token_values: tuple[int, ...] = ()  # numbers that one image's activations have at positions 0 … len(blocks)
     feature_values: int = 0  # … and at the head's input
-    block_parameters: int = 0  # parameters that train with a block, about
+    pooled: bool = True  # whether the head's input is one small vector, which is worth keeping for every image
+    block_parameters: tuple[int, ...] = ()  # parameters that train with each block, about
     head_parameters: int = 0
 
     @property
@@ -50,6 +51,18 @@ class Costs:
         trained = self.head + sum(self.blocks[len(self.blocks) - unfrozen :]) + (self.embedding if base else 0)
         return self.evaluation(start) + 2 * trained
 
+    def values(self, position: int) -> int:
+        """Numbers that one image's activations have at a position, 0 … `features`."""
+        return self.feature_values if position == self.features else self.token_values[position]
+
+    def trained_parameters(self, unfrozen: int) -> int:
+        """Parameters of the head and of the top `unfrozen` blocks, about."""
+        return self.head_parameters + sum(self.block_parameters[len(self.blocks) - unfrozen :])
+
+    def worth_keeping(self, position: int) -> bool:
+        """Whether activations there spare more than reading them back: a mere embedding of patches does not."""
+        return position > 0 or (position == 0 and self.embedding > max(self.blocks))
+
     def evaluation(self, start: int) -> int:
         """Units of one image's prediction from position `start`."""
         return self.forward(start, self.features) + self.head
@@ -70,9 +83,9 @@ def vit_costs(
         embedding=_units(patches * 3 * patch**2 * hidden),
         blocks=(_units(block),) * layers,
         head=_units(head),
-        token_values=tokens * hidden,
+        token_values=(tokens * hidden,) * (layers + 1),
         feature_values=hidden,
-        block_parameters=round((4 + 2 * mlp_ratio) * hidden**2),
+        block_parameters=(round((4 + 2 * mlp_ratio) * hidden**2),) * layers,
         head_parameters=head,
     )
 

@@ -25,6 +25,7 @@ from trainables.results import EpochRecord, TrainingError
 from trainables.settings import Settings
 from trainables.strategy import Phase, phase, rates, stream
 from trainables.task import (
+    Outputs,
     Rows,
     Scores,
     StagedModel,
@@ -174,7 +175,7 @@ class Trajectory:
 
     def _step(self, rows: Rows, now: Phase, loss_weights: Tensor | None) -> Tensor:
         self._optimiser.zero_grad(set_to_none=True)
-        outputs, start = self._forward(rows)
+        outputs, start = self._forward(rows, training=True)
         loss = self.task.loss(outputs, rows, loss_weights)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.optimiser.clip_norm is not None:
@@ -184,11 +185,12 @@ class Trajectory:
         self.counted.training += len(rows) * self.task.costs.training(start, now.unfrozen, now.base)
         return loss.detach()
 
-    def _forward(self, rows: Rows) -> tuple[Tensor, int]:
-        x, start = self._activations.fetch(self.model, rows)
+    def _forward(self, rows: Rows, *, training: bool) -> tuple[Outputs, int]:
+        fetched = self._activations.fetch(self.model, rows)
+        side = self.task.side_inputs(rows, self.device, training=training)
         with autocast(self._compute):
-            features = self.model.advance(x, start, self.task.costs.features)
-            return self.model.predict(features), start
+            features = self.model.advance(fetched.values, fetched.position, self.task.costs.features)
+            return self.model.predict(features, side), fetched.start
 
     def _validate(self, now: Phase) -> dict[str, float]:
         """Validation metrics of the raw weights and of each copy; refines the class weights by the raw ones."""
@@ -225,7 +227,7 @@ class Trajectory:
         kept = []
         with torch.no_grad():
             for batch in self._batches(rows):
-                outputs, start = self._forward(batch)
+                outputs, start = self._forward(batch, training=False)
                 kept.append(self.task.predictions(outputs))
                 self.counted.evaluation += len(batch) * self.task.costs.evaluation(start)
         for m, training in modes.items():

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Task = Literal["classification"]
+Task = Literal["classification", "detection", "segmentation"]
 Depth = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -31,8 +31,10 @@ class DatasetSettings(Frozen):
     name: str = Field("phantom", description="data set by name: see `launch.py list`")
     root: str | None = Field(None, description="folder that holds the data set in its distributed layout")
     image_size: int = Field(256, ge=16, le=2048, description="side of the square network input, px")
-    fit: Literal["crop", "squash"] = Field(
-        "crop", description="crop: shorter side to image_size, centre crop; squash: both sides to image_size"
+    fit: Literal["crop", "squash", "letterbox"] = Field(
+        "crop",
+        description="crop: shorter side to image_size, centre crop; squash: both sides to image_size; letterbox: "
+        "longer side to image_size, the rest filled with grey",
     )
     split: Literal["grouped", "official"] = Field(
         "grouped", description="grouped: our 80/10/10 over patients or lesions; official: the distributed lists"
@@ -90,15 +92,77 @@ READING = frozenset(
 
 
 class ModelSettings(Frozen):
-    """Encoder and classification head."""
+    """Model of any task, and the head of classification."""
 
     backbone: str = Field(
-        "tiny-phantom", description="`tiny-phantom` (shipped), a hub id such as microsoft/rad-dino, or a folder"
+        "tiny-phantom",
+        description="classification: `tiny-phantom` (shipped), a hub id such as microsoft/rad-dino, or a folder; "
+        "detection: yolov8n … yolov8x, rtdetr-l, rtdetr-x, or a model's YAML file; segmentation: tiny-sam2 "
+        "(weights drawn from a fixed seed, untrained), a hub id such as facebook/sam2.1-hiera-tiny, or a folder",
     )
-    head_hidden: int = Field(512, ge=1, le=100_000, description="width of the head's two hidden layers")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="dropout rate after each hidden layer")
+    head_hidden: int = Field(512, ge=1, le=100_000, description="classification: width of the head's two hidden layers")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.2, description="classification: dropout rate after each hidden layer"
+    )
     mean: tuple[Fraction, ...] | None = Field(None, description="pixel mean in [0, 1]; default: the backbone's own")
     std: tuple[Positive, ...] | None = Field(None, description="pixel std in [0, 1]; default: the backbone's own")
+
+
+class DetectionSettings(Frozen):
+    """What detectors have beside a backbone: starting weights, gains of the loss, and how boxes are chosen."""
+
+    weights: str | None = Field(
+        None,
+        description="file that the detector starts from: .pt of ultralytics, or .safetensors with the same names; "
+        "null: drawn at random, the backbone the same for every seed",
+    )
+    boxes: str | None = Field(
+        None,
+        description="COCO json file with the boxes, absolute or relative to the data set's folder; null: the data "
+        "set's own list",
+    )
+    box_gain: Annotated[float, Field(ge=0)] = Field(7.5, description="YOLO: factor of the box loss")
+    class_gain: Annotated[float, Field(ge=0)] = Field(0.5, description="YOLO: factor of the classification loss")
+    dfl_gain: Annotated[float, Field(ge=0)] = Field(1.5, description="YOLO: factor of the distribution focal loss")
+    max_det: int = Field(100, ge=1, le=300, description="boxes kept an image, highest scores first; COCO's maxDets")
+    min_score: Annotated[float, Field(ge=0, lt=1)] = Field(0.001, description="boxes of lower score are dropped")
+    nms_iou: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="YOLO: of two boxes of a class that overlap more, the lower score is dropped"
+    )
+
+
+class SegmentationSettings(Frozen):
+    """What segmenters have beside a backbone: structures and their masks, training prompts, gains of the loss."""
+
+    structures: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("left_lung", "right_lung", "heart"), description="what is segmented; left and right are the patient's"
+    )
+    masks: str | None = Field(
+        None,
+        description="CheXmask's table of run-length codes, absolute or relative to dataset.root; null: image files "
+        "masks/STRUCTURE/NAME.png there",
+    )
+    min_mask_quality: Fraction = Field(
+        0.7, description="CheXmask: masks whose Dice RCA (Mean) is lower count neither in training nor in evaluation"
+    )
+    prompt: Literal["box", "point"] = Field(
+        "box", description="prompt drawn from the masks, for training and for the labelled oracle metrics"
+    )
+    prompt_noise: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.1, description="box: standard deviation of each side's shift in training, as a share of the box's side"
+    )
+    focal_gain: Annotated[float, Field(ge=0)] = Field(20.0, description="factor of the focal loss")
+    dice_gain: Annotated[float, Field(ge=0)] = Field(1.0, description="factor of the Dice loss")
+    focal_alpha: Fraction = Field(0.25, description="α: weight of the pixels inside; 1 − α outside")
+    focal_gamma: Annotated[float, Field(ge=0)] = Field(2.0, description="γ: how little well predicted pixels count")
+
+    @field_validator("structures")
+    @classmethod
+    def _structures_differ(cls, structures: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in structures if structures.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} given twice")
+        return structures
 
 
 class OptimiserSettings(Frozen):
@@ -166,11 +230,27 @@ class Settings(Frozen):
     task: Task = "classification"
     dataset: DatasetSettings = DatasetSettings()
     model: ModelSettings = ModelSettings()
+    detection: DetectionSettings = DetectionSettings()
+    segmentation: SegmentationSettings = SegmentationSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     strategy: StrategySettings = StrategySettings()
     weighting: WeightingSettings = WeightingSettings()
     ema: EmaSettings = EmaSettings()
     stopping: StoppingSettings = StoppingSettings()
+
+    @model_validator(mode="after")
+    def _other_tasks_are_left_alone(self) -> Settings:
+        """A setting that the task does not have keeps its default: to change it would say what nothing does."""
+        idle = [
+            f"{group}.{name} acts in the task {task} alone; this is {self.task}: leave it out"
+            for (group, names), task in ONLY_IN_TASK.items()
+            if task != self.task
+            for name in names or type(getattr(self, group)).model_fields
+            if getattr(getattr(self, group), name) != type(getattr(self, group)).model_fields[name].default
+        ]
+        if idle:
+            raise ValueError("; ".join(idle))
+        return self
 
     @model_validator(mode="after")
     def _pixel_statistics_agree(self) -> Settings:
@@ -183,4 +263,10 @@ class Settings(Frozen):
         return self
 
 
+# (group, names of its settings; none means all) → the one task that has them.
+ONLY_IN_TASK: dict[tuple[str, tuple[str, ...]], Task] = {
+    ("model", ("head_hidden", "dropout")): "classification",
+    ("detection", ()): "detection",
+    ("segmentation", ()): "segmentation",
+}
 OBSERVER_GROUPS = ("ema", "stopping")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from trainables.costs import Costs
 from trainables.strategy import Phase
 
 Rows = npt.NDArray[np.intp]
+Outputs = Any  # a head's raw outputs: a tensor, or whatever of tensors the task's own loss and predictions take
+SideInputs = Any  # what a head takes beside activations; None where it takes nothing
 
 
 class StagedModel(Protocol):
@@ -39,10 +41,13 @@ class StagedModel(Protocol):
         """The whole model."""
 
     def advance(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Activations at position `stop` from those at position `start` (images at IMAGES = −1)."""
+        """Activations at position `stop` from those at position `start` (images at IMAGES = −1).
 
-    def predict(self, features: Tensor) -> Tensor:
-        """The head's raw outputs from the activations at position `features`."""
+        Activations are one tensor, a row an image; where later parts need several maps, they are packed into it.
+        """
+
+    def predict(self, features: Tensor, side: SideInputs = None) -> Outputs:
+        """The head's raw outputs from the activations at position `features` and the task's side inputs."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,23 @@ class Task(Protocol):
         """Rows of a split, ascending."""
 
     def inputs(self, rows: Rows, device: torch.device) -> Tensor:
-        """Images as the model takes them, (B, 3, S, S) float32, normalised."""
+        """Images as the model takes them, (B, 3, S, S) float32, normalised; a task may add a dimension of frames."""
+
+    def side_inputs(self, rows: Rows, device: torch.device, *, training: bool) -> SideInputs:
+        """What the head takes beside activations: prompts, the truth that denoising queries start from; else None.
+
+        At evaluation (`training` false) nothing in it may come from what is to be predicted, unless the task's notes
+        say so.
+        """
 
     def class_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(C,) positives and (C,) negatives of the training split."""
 
-    def loss(self, outputs: Tensor, rows: Rows, class_weights: Tensor | None) -> Tensor:
+    def loss(self, outputs: Outputs, rows: Rows, class_weights: Tensor | None) -> Tensor:
         """Mean loss of a batch; class_weights (C,) or None."""
 
-    def predictions(self, outputs: Tensor) -> npt.NDArray[np.float32]:
-        """What is kept of a batch's outputs, one line an image."""
+    def predictions(self, outputs: Outputs) -> npt.NDArray[np.float32]:
+        """What is kept of a batch's outputs, finite numbers of one shape an image."""
 
     def score(self, predictions: npt.NDArray[np.float32], rows: Rows) -> Scores:
         """Metrics of a split's predictions."""

@@ -1,12 +1,11 @@
-"""From settings to a task on this machine: index, images, decoded cache, encoder. One process keeps what it has."""
+"""From settings to a task on this machine: index, images, decoded cache, model. One process keeps what it has."""
 
 from __future__ import annotations
 
-from trainables.backbone_files import find_backbone
-from trainables.classification import Classification
 from trainables.data.opened import Data, Folders, open_data
 from trainables.settings import DatasetSettings, Settings
 from trainables.task import Task
+from trainables.tasks import TASKS
 
 
 class Workbench:
@@ -26,6 +25,6 @@ class Workbench:
     def task(self, settings: Settings) -> tuple[Task, dict[str, str]]:
         """The task, and the provenance of its images."""
         data = self.data(settings.dataset)
-        backbone = find_backbone(settings.model.backbone, download=True)
-        task = Classification(settings, data.index, data.images, backbone)
-        return task, {"contents_digest": data.images.contents_digest, "index_digest": data.index.digest()}
+        kind = TASKS[settings.task]
+        provenance = {"contents_digest": kind.contents(settings, data), "index_digest": data.index.digest()}
+        return kind.open(settings, data), provenance

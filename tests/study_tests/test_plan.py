@@ -27,10 +27,11 @@ from study.chains import resolve_compute
 from study.documents import StudyError
 from study.plan import Plan, make_plan
 from study.spec import Choices, Execution, Report, StudyDocument, load_study, shipped_studies
+from tests.detection_extra import needs_detection
 from trainables.backbone_files import SHIPPED as SHIPPED_BACKBONES
 from trainables.data.phantom import chest_images
 from trainables.data.registry import load_index
-from trainables.settings import READING, DatasetSettings, Settings
+from trainables.settings import ONLY_IN_TASK, READING, DatasetSettings, Settings
 from trainables.settings import Task as TaskName
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,6 +259,13 @@ def observer(given: dict[str, Any] | None = None, **to: Any) -> Change:
 WEIGHTED = {"weighting.enabled": True}
 AVERAGED = {"ema.enabled": True}
 PIXELS = {"model.mean": [0.5], "model.std": [0.2]}
+DETECTION = {
+    "task": "detection",
+    "dataset.fit": "letterbox",
+    "model.backbone": "tiny-yolo",
+    "strategy.depth": 10,
+}
+SEGMENTATION = {"task": "segmentation", "model.backbone": "tiny-sam2", "strategy.depth": 4}
 CHANGES: dict[str, Change] = {
     "dataset.name": trajectory(dataset__name="phantom-derm"),
     "dataset.image_size": trajectory(dataset__image_size=72),
@@ -293,9 +301,35 @@ CHANGES: dict[str, Change] = {
     "ema.tau": observer(AVERAGED, ema__tau=7.0),
     "stopping.patience": observer(stopping__patience=3),
 }
+CHANGES |= {
+    f"detection.{name}": Change("trajectory", {f"detection.{name}": to}, DETECTION)
+    for name, to in {
+        "box_gain": 1.0,
+        "class_gain": 1.0,
+        "dfl_gain": 1.0,
+        "max_det": 50,
+        "min_score": 0.01,
+        "nms_iou": 0.5,
+    }.items()
+}
+CHANGES |= {
+    f"segmentation.{name}": Change("trajectory", {f"segmentation.{name}": to}, SEGMENTATION)
+    for name, to in {
+        "structures": ["heart"],
+        "masks": "chexmask.csv",
+        "min_mask_quality": 0.8,
+        "prompt": "point",
+        "prompt_noise": 0.05,
+        "focal_gain": 1.0,
+        "dice_gain": 2.0,
+        "focal_alpha": 0.5,
+        "focal_gamma": 1.0,
+    }.items()
+}
 # Proven in tests of their own below, since they need files or another machine.
 ELSEWHERE = {"dataset.root", "dataset.split", "model.backbone", "optimiser.precision"}
 ELSEWHERE |= {f"dataset.{name}" for name in READING}  # of data sets with tables: in test_dataset_keys.py
+ELSEWHERE |= {"detection.weights", "detection.boxes"}  # test_detectors.py
 
 
 def fields() -> set[str]:
@@ -306,7 +340,30 @@ def fields() -> set[str]:
 def test_every_setting_is_classified_as_intervention_or_observer() -> None:
     assert set(CHANGES) | ELSEWHERE == fields(), "say here what a new setting does to keys"
     assert set(CHANGES) & ELSEWHERE == set()
-    assert len(get_args(TaskName)) == 1, "with a second task, prove that it changes every key"
+
+
+@needs_detection
+def test_the_task_changes_every_key_and_settings_of_other_tasks_are_refused(tmp_path: Path) -> None:
+    shared = DETECTION | {"task": "classification", "model.backbone": "tiny-phantom"}
+    one = only(planned(tmp_path, with_settings(shared)))
+    other = only(planned(tmp_path, with_settings(DETECTION)))
+    assert set(one.keys).isdisjoint(other.keys)
+    assert one.cache_identity != other.cache_identity
+    for task in get_args(TaskName):
+        for (group, names), owner in ONLY_IN_TASK.items():
+            if owner == task:
+                continue
+            for name in names or type(getattr(Settings(), group)).model_fields:
+                key = f"{group}.{name}"
+                to = {key: "a file"} if key in ELSEWHERE else CHANGES[key].to
+                with pytest.raises(StudyError, match=f"{group}.{name} acts in the task {owner} alone"):
+                    loaded(tmp_path, document(seeds=[0]), Choices({"task": task} | to))
+
+
+def test_rows_of_one_study_have_one_task(tmp_path: Path) -> None:
+    rows = [{"name": "one"}, {"name": "other", "set": DETECTION}]
+    with pytest.raises(StudyError, match=r"task: rows differ \(classification, detection\)"):
+        planned(tmp_path, document(rows))
 
 
 def only(plan: Plan) -> Any:
@@ -320,7 +377,11 @@ def with_settings(given: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(CHANGES))
+def marked(name: str) -> Any:
+    return pytest.param(name, marks=[needs_detection] if name.startswith("detection") else [])
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in sorted(CHANGES)])
 def test_keys_change_from_the_epoch_on_in_which_a_setting_acts(tmp_path: Path, name: str) -> None:
     change = CHANGES[name]
     assert name in change.to
@@ -550,7 +611,7 @@ def test_what_keeps_a_study_from_being_planned_is_said_at_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("smoke", [False, True])
-@pytest.mark.parametrize("name", shipped_studies())
+@pytest.mark.parametrize("name", [marked(name) for name in shipped_studies()])
 def test_every_shipped_study_is_planned(tmp_path: Path, name: str, smoke: bool) -> None:
     study = load_study(shipped_studies()[name], Choices(smoke=smoke))
     plan = make_plan(study, storage=tmp_path)

@@ -108,8 +108,8 @@ def test_cached_activations_equal_fresh_ones_to_the_bit(
     rng = np.random.default_rng(0)
     for size in (32, 29, 1, 22):
         rows = rng.permutation(task.rows("train"))[:size]
-        x, start = served.fetch(model, rows)
-        assert start == position
+        x, at, start = served.fetch(model, rows)
+        assert at == start == position
         assert torch.equal(x, fresh(task, model, rows, position))
     assert served.take_events() == []
 
@@ -121,10 +121,11 @@ def test_pooled_vectors_serve_every_split_and_tokens_what_is_read_every_epoch(
         served = entered(task, model, tmp_path, position)
         starts = []
         for split in ("train", "val", "test"):
-            x, start = served.fetch(model, task.rows(split))
+            x, at, start = served.fetch(model, task.rows(split))
             starts.append(start)
             if start == IMAGES:
-                assert torch.equal(x, task.inputs(task.rows(split), CPU))
+                assert at == position, "fewer than a full batch: computed as part of one"
+                assert torch.equal(x, fresh(task, model, task.rows(split), position))
         assert starts == expected
 
 
@@ -186,7 +187,7 @@ def test_a_cache_that_lies_with_fitting_checksums_is_not_used(
     rewrite(folder, nudge, with_checksums=True)
     served = entered(task, model, tmp_path, position)
     assert served.used_key() is None
-    assert served.fetch(model, task.rows("train")[:8])[1] == IMAGES
+    assert served.fetch(model, task.rows("train")[:8]).start == IMAGES
     assert served.take_events() == [f"activations at position {position} are recomputed: cached and fresh ones differ"]
     assert served.take_events() == []
 
@@ -199,7 +200,24 @@ def test_a_cache_of_other_weights_is_not_used(task: Classification, model: Poole
     served = entered(task, other, tmp_path)
     assert served.used_key() is None
     assert "cached and fresh ones differ" in served.take_events()[0]
-    assert torch.equal(served.fetch(other, task.rows("val"))[0], task.inputs(task.rows("val"), CPU))
+    assert torch.equal(served.fetch(other, task.rows("train")[:32]).values, task.inputs(task.rows("train")[:32], CPU))
+
+
+@pytest.mark.parametrize("size", [1, 22, 31])
+def test_fewer_rows_than_a_batch_are_computed_as_part_of_a_full_one(
+    size: int, task: Classification, model: PooledViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    advance = PooledViT.advance
+    monkeypatch.setattr(
+        PooledViT, "advance", lambda self, x, *positions: (computed.append(len(x)), advance(self, x, *positions))[1]
+    )
+    uncached = activations(task)
+    uncached.stand_at(TOKENS)
+    rows = task.rows("train")[:size]
+    x, at, start = uncached.fetch(model, rows)
+    assert (len(x), at, start, computed) == (size, TOKENS, IMAGES, [32])
+    assert torch.equal(x, fresh(task, model, rows, TOKENS))
 
 
 def test_a_trajectory_over_a_lying_cache_is_that_without_one(
@@ -234,7 +252,7 @@ def test_a_flipped_bit_is_noticed_recomputed_and_recorded(
     assert served.used_key() is not None
     for _ in range(2):  # it is not taken for sound the second time either
         served.take_events()
-        x, start = served.fetch(model, rows[:8])
+        x, _, start = served.fetch(model, rows[:8])
         assert start == POOLED
         assert torch.equal(x, fresh(task, model, rows[:8], POOLED))
         assert served.take_events() == [f"1 damaged rows of the cache {folder.name} are recomputed"]
@@ -395,7 +413,7 @@ def test_auto_leaves_a_cache_that_is_read_slower_than_computed(
 
 def check_recomputed(served: Activations, task: Classification, model: PooledViT, reason: str) -> None:
     assert served.used_key() is None
-    assert torch.equal(served.fetch(model, task.rows("val"))[0], task.inputs(task.rows("val"), CPU))
+    assert torch.equal(served.fetch(model, task.rows("train")[:32]).values, task.inputs(task.rows("train")[:32], CPU))
     (event,) = served.take_events()
     assert event.startswith("activations at position 5 are recomputed: their cache could not be kept")
     assert reason in event
@@ -448,7 +466,7 @@ def test_half_precision_is_a_mode_of_its_own_within_a_tolerance(
     exact, close = entered(task, model, tmp_path), entered(task, model, tmp_path, request=half)
     assert exact.used_key() != close.used_key() == cache_folder(tmp_path, POOLED, "float16").name
     rows = task.rows("train")[:20]
-    x, start = close.fetch(model, rows)
+    x, _, start = close.fetch(model, rows)
     expected = fresh(task, model, rows, POOLED)
     assert (start, x.dtype) == (POOLED, torch.float32)
     assert torch.equal(x, expected.half().float())
@@ -472,5 +490,5 @@ def test_positions_that_were_not_asked_for_are_computed_and_leave_no_files(
 ) -> None:
     served = entered(task, model, tmp_path, TOKENS, CacheRequest("identity", (POOLED,), when="always"))
     assert served.used_key() is None
-    assert served.fetch(model, task.rows("val"))[1] == IMAGES
+    assert served.fetch(model, task.rows("val")).start == IMAGES
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Dinov2Model
 
-from trainables.backbone_files import BackboneError, file_sha256, find_backbone
+from trainables.backbone_files import find_backbone
 from trainables.backbones import load_encoder
+from trainables.model_files import BackboneError, file_sha256
 
 
 @pytest.fixture

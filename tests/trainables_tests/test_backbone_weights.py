@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
-from trainables.backbone_files import Backbone, BackboneError, find_backbone
+from trainables.backbone_files import Backbone, find_backbone
 from trainables.backbone_weights import misfit, stored_shapes
 from trainables.backbones import load_encoder
+from trainables.model_files import BackboneError
 
 Tensors = dict[str, Tensor]
 

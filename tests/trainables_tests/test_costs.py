@@ -115,8 +115,9 @@ def test_the_units_of_rad_dino_are_those_counted_on_paper() -> None:
     assert costs.embedding == round(324 * 588 * 768 / 1000)
     assert costs.blocks == (round((12 * tokens * 768 * 768 + 2 * tokens * tokens * 768) / 1000),) * 12
     assert costs.head == round((768 * 512 + 512 * 512 + 512 * 14) / 1000)
-    assert costs.token_values * 4 == pytest.approx(1.0e6, rel=0.01)  # the design's 1.0 MB an image and boundary
-    assert costs.feature_values * 4 * 112_120 == pytest.approx(344e6, rel=0.01)  # and 344 MB for NIH
+    assert costs.values(0) * 4 == pytest.approx(1.0e6, rel=0.01)  # the design's 1.0 MB an image and boundary
+    assert costs.values(0) == costs.values(12)
+    assert costs.values(13) * 4 * 112_120 == pytest.approx(344e6, rel=0.01)  # and 344 MB for NIH
 
 
 def test_a_part_never_costs_nothing() -> None:

@@ -100,7 +100,7 @@ def test_long_rows_are_read_and_the_csv_modules_limit_is_left_as_it_was(tmp_path
     ("row", "expected"),
     [
         ("i0,0.9,good,,1 1,1 1,1 1,3,3", "line 2: could not convert string to float: 'good'"),
-        (",0.9,0.9,,1 1,1 1,1 1,3,3", "line 2: no image_id"),
+        (",0.9,0.9,,1 1,1 1,1 1,3,3", "line 2: no image"),
         ("i0", "line 2: list index out of range; expected 9 fields"),
         ("i0,0.9,0.9,,1 1,1 1,1 1,3,3\ni0,0.9,0.9,,1 1,1 1,1 1,3,3", "line 3: image i0 is listed already"),
     ],

@@ -216,16 +216,15 @@ def test_an_averaged_copy_is_the_recurrence_over_the_raw_weights_of_stage_2(enco
 
 
 class Logging(Classification):
-    """The task, noting which rows are asked for and the state that dropout starts from."""
+    """The task, noting which rows are trained on and the state that dropout starts from."""
 
     def rows(self, split: str) -> Rows:
         self.noted: list[tuple[int, list[int]]] = getattr(self, "noted", [])
         return super().rows(split)
 
-    def inputs(self, rows: Rows, device: torch.device) -> Tensor:
-        if torch.is_grad_enabled():
-            self.noted.append((torch.initial_seed(), rows.tolist()))
-        return super().inputs(rows, device)
+    def loss(self, outputs: Tensor, rows: Rows, class_weights: Tensor | None) -> Tensor:
+        self.noted.append((torch.initial_seed(), rows.tolist()))
+        return super().loss(outputs, rows, class_weights)
 
 
 def noted(settings: Settings, data: Data, seed: int, epochs: int = 4) -> list[tuple[int, list[int]]]:

@@ -153,7 +153,7 @@ class NormModel(nn.Module):
             x = block(x)
         return self.neck(x) if start <= 3 < stop else x
 
-    def predict(self, features: Tensor) -> Tensor:
+    def predict(self, features: Tensor, side: None = None) -> Tensor:
         return self.classifier(features)
 
 
@@ -179,6 +179,9 @@ class NormTask:
 
     def inputs(self, rows: Rows, device: torch.device) -> Tensor:
         return self.x[torch.from_numpy(rows)].to(device)
+
+    def side_inputs(self, rows: Rows, device: torch.device, *, training: bool) -> None:
+        """Nothing."""
 
     def class_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         positives = self.labels[:48].sum(0, dtype=np.int64)

@@ -39,6 +39,7 @@ class Boxes:
         shares: (M,) float64 share of the image's readers who drew the box; 1 as drawn.
         sizes: image → (width, height) in pixels, as far as the files state them.
         refused: boxes that cannot be used: no area, or outside of the image.
+        looked_at: images that somebody looked at for boxes; None: all of the data set.
     """
 
     classes: tuple[str, ...]
@@ -50,6 +51,7 @@ class Boxes:
     shares: npt.NDArray[np.float64]
     sizes: Mapping[str, tuple[int, int]]
     refused: tuple[Refused, ...] = ()
+    looked_at: frozenset[str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

@@ -151,6 +151,7 @@ def read_boxes(settings: DatasetSettings) -> Boxes | None:
         np.ones(len(read.rows)),
         {name: (ORIGINAL_SIZE, ORIGINAL_SIZE) for name, _, _ in read.rows},
         tuple(read.refused),
+        looked_at=frozenset(name for name, _, _ in read.rows),
     )
 
 

@@ -114,6 +114,8 @@ def _box(
         raise ValueError(f"image_id {image!r} is not among the images")
     if category not in categories:
         raise ValueError(f"category_id {category!r} is not among the categories")
+    if annotation.get("iscrowd"):
+        raise ValueError("is a crowd; only single boxes can be learnt")
     x, y, width, height = (float(value) for value in annotation["bbox"])
     corners = (x, y, x + width, y + height)
     fault = box_fault(corners, sizes[names[image]])

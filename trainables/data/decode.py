@@ -5,17 +5,17 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from trainables.data.dicom import is_dicom, read_dicom
+from trainables.data.dicom import dicom_size, is_dicom, read_dicom
 from trainables.data.files import DICOM_SUFFIXES
-from trainables.data.index import Claims
+from trainables.data.index import Claims, DataError
+from trainables.data.placing import Fit, place
 
-Fit = Literal["crop", "squash"]
+LETTERBOX_GREY = 114  # what YOLO and RT-DETR were pretrained with around their images
 
 # What decoders raise on files that are damaged, foreign or too large.
 UNREADABLE = (
@@ -37,7 +37,8 @@ def decode(path: Path, image_size: int, fit: Fit, channels: int, claims: Claims 
     Args:
         path: PNG, JPEG, DICOM or anything else Pillow reads.
         image_size: S, px.
-        fit: 'crop': the centre square of the image, scaled to S; 'squash': the whole image, both sides scaled to S.
+        fit: 'crop': the centre square of the image, scaled to S; 'squash': the whole image, both sides scaled to S;
+            'letterbox': the whole image, its longer side scaled to S, on grey.
         channels: 1: grey (colour is reduced to luminance); 3: RGB (grey is repeated).
         claims: what a DICOM file must say of itself.
 
@@ -48,7 +49,9 @@ def decode(path: Path, image_size: int, fit: Fit, channels: int, claims: Claims 
         one of `UNREADABLE`: the file cannot be decoded.
     """
     plain = decode_whole(path, channels, claims)
-    if plain.size != (image_size, image_size):
+    if fit == "letterbox":
+        plain = _letterboxed(plain, image_size)
+    elif plain.size != (image_size, image_size):
         box = _centre_square(*plain.size) if fit == "crop" else None
         # reducing_gap: large images are first halved by whole factors; indistinguishable from a full-size filter at 3.
         plain = plain.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
@@ -62,12 +65,41 @@ def decode_whole(path: Path, channels: int, claims: Claims | None = None) -> Ima
         one of `UNREADABLE`: the file cannot be decoded.
     """
     mode = "L" if channels == 1 else "RGB"
-    if path.name.lower().endswith(DICOM_SUFFIXES) or is_dicom(path):
+    if _holds_dicom(path):
         return read_dicom(path, claims).convert(mode)
     with Image.open(path) as image:
         if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
             raise ValueError("holds several pages; expected a single image")
         return _eight_bits(image, mode)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of an image, px, from its header.
+
+    Raises:
+        DataError: the header cannot be read.
+    """
+    try:
+        if _holds_dicom(path):
+            return dicom_size(path)
+        with Image.open(path) as image:
+            return image.size
+    except UNREADABLE as error:
+        raise DataError(f"{path}: its size cannot be read: {error}") from error
+
+
+def _holds_dicom(path: Path) -> bool:
+    return path.name.lower().endswith(DICOM_SUFFIXES) or is_dicom(path)
+
+
+def _letterboxed(image: Image.Image, image_size: int) -> Image.Image:
+    left, top, width, height = map(int, place(*image.size, image_size, "letterbox"))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    grey = (LETTERBOX_GREY,) * len(image.getbands())
+    square = Image.new(image.mode, (image_size, image_size), grey if len(grey) > 1 else grey[0])
+    square.paste(image, (left, top))
+    return square
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:

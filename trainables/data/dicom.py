@@ -60,6 +60,24 @@ def read_dicom(path: Path, claims: Claims | None = None) -> Image.Image:
         raise ValueError(_reason(error)) from error
 
 
+def dicom_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels, from the header alone.
+
+    Raises:
+        DataError: pydicom is not installed.
+        ValueError: the header cannot be read, or lacks its rows or columns.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise DataError(f"{path}: reading DICOM needs pydicom; {INSTALL}") from error
+    try:
+        data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+        return int(data.Columns), int(data.Rows)
+    except Exception as error:  # as in `read_dicom`
+        raise ValueError(_reason(error)) from error
+
+
 def _check(data: Dataset, claims: Claims) -> None:
     """What a file does not say of itself is not held against it: released files are often stripped."""
     modality = str(data.get("Modality") or "")

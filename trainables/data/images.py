@@ -23,8 +23,9 @@ from filelock import FileLock
 from PIL import UnidentifiedImageError
 
 from trainables.cache_files import claim_blocks
-from trainables.data.decode import UNREADABLE, Fit, decode
+from trainables.data.decode import UNREADABLE, decode
 from trainables.data.index import Claims, DataError, Index
+from trainables.data.placing import Fit
 from trainables.data.registry import locate
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class ImageCache:
             index: whose images, in its order.
             root: folder of the data set.
             image_size: S, px.
-            fit: 'crop' scales the shorter side to S and takes the centre; 'squash' scales both sides to S.
+            fit: 'crop' scales the shorter side to S and takes the centre; 'squash' scales both sides to S;
+                'letterbox' the longer side, the rest is grey.
             folder: of all caches.
             workers: threads that decode.
 

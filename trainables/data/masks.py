@@ -20,7 +20,9 @@ Mask = npt.NDArray[np.bool_]
 
 CHEXMASK_STRUCTURES = ("Left Lung", "Right Lung", "Heart")
 CHEXMASK_QUALITY = 0.7  # Dice RCA (Mean) from which its authors trust a mask
-_COLUMNS = ("image_id", "Dice RCA (Mean)", *CHEXMASK_STRUCTURES, "Height", "Width")
+_QUALITY = "Dice RCA (Mean)"
+_IMAGE = ("image_id", "Image Index", "Path", "dicom_id")  # each data set's table names its images in its own way
+_COLUMNS = (_QUALITY, *CHEXMASK_STRUCTURES, "Height", "Width")
 _LARGEST_FIELD = 2**24  # characters of one run-length encoding; the csv module allows 2^17 by itself
 
 
@@ -45,7 +47,8 @@ def run_lengths(text: str, height: int, width: int) -> Mask:
     """(H, W) mask of `start length start length …`, starts counted from 1, row by row.
 
     Raises:
-        ValueError: an odd number of values, a value that is no number, or a run that leaves the image.
+        ValueError: an odd number of values, a value that is no number, or runs that overlap or leave the
+            image.
     """
     values = np.array(text.split(), dtype=np.int64)
     if values.size % 2:
@@ -53,6 +56,8 @@ def run_lengths(text: str, height: int, width: int) -> Mask:
     starts, lengths = values[::2] - 1, values[1::2]
     if values.size and (starts.min() < 0 or lengths.min() < 1 or (starts + lengths).max() > height * width):
         raise ValueError(f"a run leaves the image of {height} × {width} pixels")
+    if (starts[1:] < (starts + lengths)[:-1]).any():
+        raise ValueError("runs overlap or are out of order")
     # +1 where a run begins and −1 behind its end: the running sum is above 0 inside of runs.
     steps = np.zeros(height * width + 1, np.int32)
     np.add.at(steps, starts, 1)
@@ -90,11 +95,13 @@ def _survey(path: Path, quality: float) -> tuple[dict[str, tuple[int, int]], dic
     with path.open("rb") as file:
         header = next(csv.reader([file.readline().decode("utf-8-sig")]), [])
         columns = {name: position for position, name in enumerate(header)}
-        absent = [name for name in _COLUMNS if name not in columns]
+        naming = next((name for name in _IMAGE if name in columns), _IMAGE[0])
+        absent = [name for name in (naming, *_COLUMNS) if name not in columns]
         if absent:
             raise DataError(
                 f"{path}: no column {', '.join(map(repr, absent))}; its header is {', '.join(header)[:300]}"
             )
+        columns["image"] = columns[naming]
         line, offset = 2, file.tell()
         while raw := file.readline():
             fields = next(csv.reader([raw.decode()]), [])
@@ -112,11 +119,13 @@ def _survey(path: Path, quality: float) -> tuple[dict[str, tuple[int, int]], dic
 
 def _of_row(path: Path, line: int, fields: list[str], columns: Mapping[str, int]) -> tuple[str, float]:
     try:
-        image, told = fields[columns["image_id"]], float(fields[columns["Dice RCA (Mean)"]])
+        image, told = fields[columns["image"]], float(fields[columns[_QUALITY]])
     except (IndexError, ValueError) as error:
-        raise DataError(f"{path}, line {line}: {error}; expected {len(columns)} fields, quality a number") from error
+        raise DataError(
+            f"{path}, line {line}: {error}; expected {len(columns) - 1} fields, quality a number"
+        ) from error
     if not image:
-        raise DataError(f"{path}, line {line}: no image_id")
+        raise DataError(f"{path}, line {line}: no image")
     return image, told
 
 

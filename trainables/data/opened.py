@@ -22,10 +22,17 @@ class Folders:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, ready to be read."""
+    """A data set, ready to be read.
+
+    Attributes:
+        root: folder of its files, drawn or distributed: where boxes and masks lie.
+        decoded: folder of everything that is decoded once, images and masks.
+    """
 
     index: Index
     images: ImageCache
+    root: Path
+    decoded: Path
 
 
 def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) -> Data:
@@ -39,4 +46,4 @@ def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) 
     images = ImageCache.open(
         index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers
     )
-    return Data(index, images)
+    return Data(index, images, root, folders.images)

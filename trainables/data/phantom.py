@@ -18,6 +18,7 @@ import numpy as np
 
 from trainables.data import chestxray14, ham10000
 from trainables.data.adapter import Adapter, DatasetInfo, Table
+from trainables.data.boxes import Boxes
 from trainables.settings import DatasetSettings
 
 CHEST_IMAGES = 1200
@@ -216,6 +217,15 @@ def _write_csv(path: Path, header: str, rows: Iterable[Sequence[object]]) -> Non
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
+def boxes_drawn(settings: DatasetSettings) -> Boxes | None:
+    """Boxes of a phantom that lies in `settings.root`; None where it is not drawn yet.
+
+    Raises:
+        DataError: see `chestxray14.read_boxes`.
+    """
+    return None if settings.root is None else chestxray14.read_boxes(settings)
+
+
 _NOTE = "Synthetic images drawn by this project: for trying and testing, no evidence about patients."
 
 CHEST = Adapter(
@@ -234,6 +244,7 @@ CHEST = Adapter(
     _chest_table,
     chestxray14.image_folders,
     draw_chest_phantom,
+    read_boxes=boxes_drawn,
 )
 DERM = Adapter(
     DatasetInfo(

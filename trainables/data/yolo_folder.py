@@ -71,11 +71,13 @@ def read_boxes(settings: DatasetSettings) -> Boxes:
     Raises:
         DataError: as `read_table`, or an image whose size cannot be read.
     """
+    from trainables.data.decode import size_of  # a plan reads tables, and needs no images
+
     root = root_of(INFO.name, settings.root)
     classes = _classes(root)
     names = [name for folder in _folders(root, settings).values() for name in _images(root, folder)]
     lines, refused, _ = _lines(root, names, len(classes))
-    sizes = {name: _size(root / name) for name in dict.fromkeys(line.image for line in lines)}
+    sizes = {name: size_of(root / name) for name in dict.fromkeys(line.image for line in lines)}
     corners = np.array([line.corners for line in lines], np.float64).reshape(-1, 4)
     scales = np.array([sizes[line.image] * 2 for line in lines], np.float64).reshape(-1, 4)
     return Boxes(
@@ -178,16 +180,6 @@ def _parsed(image: str, text: str, classes: int) -> _Line:
     if fault is not None:
         raise ValueError(fault)
     return _Line(image, label, (inside[0], inside[1], inside[2], inside[3]))
-
-
-def _size(path: Path) -> tuple[int, int]:
-    from PIL import Image  # a plan reads tables, and needs no images
-
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: its size cannot be read: {error}") from error
 
 
 def image_folders(root: Path) -> list[Path]:
