@@ -249,12 +249,10 @@ def _refusal(key: str, parameters: Mapping[str, Parameter], plain: Mapping[str, 
     return next(filter(None, (_condition_refusal(key, other, parameters, plain) for other in parameter.when)), "")
 
 
-def _condition_refusal(
-    key: str, other: str, parameters: Mapping[str, Parameter], plain: Mapping[str, Any]
-) -> str:
+def _condition_refusal(key: str, other: str, parameters: Mapping[str, Parameter], plain: Mapping[str, Any]) -> str:
     if other not in parameters and _or_none(plain, other) is None:
         return f"when {other}: neither a parameter nor a setting that the baseline has"
-    if key.split(".")[0] not in OBSERVER_GROUPS and other.split(".")[0] in OBSERVER_GROUPS:
+    if key.split(".", maxsplit=1)[0] not in OBSERVER_GROUPS and other.split(".", maxsplit=1)[0] in OBSERVER_GROUPS:
         return f"when {other}: how a trajectory is looked at cannot decide how it is trained"
     return ""
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+from study import search_cli
 from study.documents import StudyError, apply
 from study.interrupts import StudyHaltedError
 from study.options import (
@@ -122,10 +123,21 @@ def run(
     choices = Choices(overrides.values, dataset, roots, smoke, overrides.typed)
     declared = load_study(find_study(study), choices)
     launch = Launch(folder, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
+    if declared.search is not None:
+        from study.searching import SearchLaunch, print_search_plan, run_search
+
+        if plan:
+            print_search_plan(declared, SearchLaunch(launch))
+            return
+        raise typer.Exit(run_search(declared, SearchLaunch(launch)))
     if plan:
         print_plan(declared, launch)
         return
     raise typer.Exit(run_study(declared, launch))
+
+
+app.command(short_help="Search with Optuna, then confirm the best over several seeds.")(search_cli.search)
+app.command("ablate-best", short_help="Leave-one-out around the best trial of a search.")(search_cli.ablate_best)
 
 
 @app.command("list")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from analysis.schema import StudyHeader
+from analysis.schema import StudyHeader, Units
 from analysis.tracking import LedgerError
 from study.chains import Chain, the_task
 from study.claim import claimed
@@ -71,7 +71,9 @@ class Launched(NamedTuple):
     ui_path: str
 
 
-def run_plan(plan: Plan, options: RunOptions, console: Console, begin: Callable[..., Session] | None = None) -> Launched:
+def run_plan(
+    plan: Plan, options: RunOptions, console: Console, begin: Callable[..., Session] | None = None
+) -> Launched:
     """Run what is missing and bring the ledger up to date.
 
     Args:
@@ -174,10 +176,7 @@ class Session:
     def open(self) -> None:
         """Declare rows and cells, and write what earlier launches finished."""
         rows, cells = self._declared()
-        header = study_header(
-            self._plan, counted_units(self._plan, [], {}).model_copy(update={"executed": None}), self._provenance
-        )
-        self._ledger.open(header, rows, cells)
+        self._ledger.open(self._header(self._planned_units()), rows, cells)
         for chain in self._plan.chains:
             self._take_result(chain)
 
@@ -247,7 +246,7 @@ class Session:
             chain, result = self._results[key]
             self._ledger.finish(key, finished_outcome(chain, result, self._store, earlier))
         units = counted_units(self._plan, results, self._cache_units(results))
-        header = study_header(self._plan, units, self._provenance)
+        header = self._header(units)
         self._ledger.close(header)
         return header, len(results) == len(self._plan.chains)
 
@@ -261,6 +260,13 @@ class Session:
         """The rows and cells of the plan as the ledger shall have them."""
         rows = row_headers(self._plan)
         return list(rows.values()), cell_headers(self._plan, rows)
+
+    def _header(self, units: Units) -> StudyHeader:
+        return study_header(self._plan, units, self._provenance)
+
+    def _planned_units(self) -> Units:
+        """Before anything is counted."""
+        return counted_units(self._plan, [], {}).model_copy(update={"executed": None})
 
     def _outcome(self, chain: Chain, result: CellResult) -> CellOutcome:
         """What the ledger is told of a cell that has a result."""

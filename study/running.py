@@ -18,6 +18,7 @@ from study.interrupts import Interrupted, StudyHaltedError, answered_signals
 from study.options import tracking_address
 
 if TYPE_CHECKING:
+    from study.driver import Launched, RunOptions
     from study.plan import Plan
     from study.spec import Study
 
@@ -63,34 +64,49 @@ def run_study(declared: Study, launch: Launch) -> int:
     Returns:
         exit status: 0 every cell has finished, 1 some have not.
     """
-    command = "python study/launch.py " + shlex.join(sys.argv[1:])
     console = Console(stderr=launch.as_json)
-    _silence(launch.verbose)
-    with _stoppable(command, console):
-        planned = _planned(declared, launch, download=True)
-        _require_images(planned)
-        from study.driver import RunOptions, run_plan
-
-        options = RunOptions(
-            launch.folder,
-            command,
-            tracking_uri=launch.tracking_uri,
-            address=launch.address,
-            executor=launch.executor,
-            timeout=launch.timeout,
-            verbose=launch.verbose,
-        )
-        launched = run_plan(planned, options, console)
-        _conclude(declared.name, launch, console)
-    _say_where(launch, launched.ui_path, console)
+    with prepared(launch, console):
+        launched = run_to_table(declared, launch, console)
+    say_where(launch, launched.ui_path, console)
     return 0 if launched.complete else FAILED
+
+
+def run_to_table(declared: Study, launch: Launch, console: Console) -> Launched:
+    """Run a study within `prepared`, and show its table."""
+    planned = planned_for(declared, launch, download=True)
+    require_images(planned)
+    from study.driver import run_plan
+
+    launched = run_plan(planned, run_options(launch), console)
+    _conclude(declared.name, launch, console)
+    return launched
+
+
+def this_command() -> str:
+    """What was typed, to be typed again."""
+    return "python study/launch.py " + shlex.join(sys.argv[1:])
+
+
+def run_options(launch: Launch) -> RunOptions:
+    """A launch in the driver's terms."""
+    from study.driver import RunOptions
+
+    return RunOptions(
+        launch.folder,
+        this_command(),
+        tracking_uri=launch.tracking_uri,
+        address=launch.address,
+        executor=launch.executor,
+        timeout=launch.timeout,
+        verbose=launch.verbose,
+    )
 
 
 def print_plan(declared: Study, launch: Launch) -> None:
     """Say what would run and what it costs; nothing is written."""
     from study.schedule import pending_schedule
 
-    planned = _planned(declared, launch, download=False)
+    planned = planned_for(declared, launch, download=False)
     pending = pending_schedule(planned, launch.folder).pending_units
     if launch.as_json:
         print(json.dumps(planned.as_json() | {"pending_units": pending}, indent=2))
@@ -100,13 +116,14 @@ def print_plan(declared: Study, launch: Launch) -> None:
     Console().print(plan_table(planned, pending))
 
 
-def _planned(declared: Study, launch: Launch, *, download: bool) -> Plan:
+def planned_for(declared: Study, launch: Launch, *, download: bool) -> Plan:
+    """The plan of a study in a launch's storage."""
     from study.plan import make_plan
 
     return make_plan(declared, storage=launch.folder, sharing=launch.sharing, download=download)
 
 
-def _require_images(plan: Plan) -> None:
+def require_images(plan: Plan) -> None:
     """Refuse images that are missing, or named outside of their folder, before anything is written.
 
     Raises:
@@ -130,14 +147,15 @@ def _require_images(plan: Plan) -> None:
 
 
 @contextmanager
-def _stoppable(command: str, console: Console) -> Iterator[None]:
-    """Answer Ctrl-C and SIGTERM with the command that goes on, and the exit status of the signal."""
+def prepared(launch: Launch, console: Console) -> Iterator[None]:
+    """Quiet the libraries; answer Ctrl-C and SIGTERM with the command that goes on, and the signal's exit status."""
+    _silence(launch.verbose)
     try:
         with answered_signals():
             yield
     except Interrupted as stopped:
         console.print(f"\nstopped by {stopped}; nothing that was finished is lost. To go on:")
-        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {this_command()}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(stopped.status) from None
 
 
@@ -162,7 +180,8 @@ def _conclude(name: str, launch: Launch, console: Console) -> None:
         print(json.dumps({"report": str(paths.html), "units": units.model_dump()}))
 
 
-def _say_where(launch: Launch, ui_path: str, console: Console) -> None:
+def say_where(launch: Launch, ui_path: str, console: Console) -> None:
+    """How to open the MLflow UI."""
     uri = launch.tracking_uri
     if uri is not None and uri.startswith("http"):
         console.print(f"MLflow: {uri.rstrip('/')}{ui_path}", highlight=False, soft_wrap=True)

@@ -121,19 +121,25 @@ class Trials:
         return cls(study, search, space)
 
     @classmethod
-    def found(cls, place: Place, name: str, search: SearchSettings, space: Space) -> Trials:
+    def found(
+        cls, place: Place, name: str, search: SearchSettings, space: Space, declaration: Mapping[str, Any]
+    ) -> Trials:
         """A search that is there already, to be read.
 
         Raises:
-            StudyError: there is none.
+            StudyError: there is none, or it was begun under another declaration.
         """
         if not place.is_database and not Path(place.address).is_file():
             raise StudyError([f"{place.address}: no such search; run `launch.py search` first"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
-            return cls(optuna.load_study(study_name=name, storage=_storage(place)), search, space)
+            study = optuna.load_study(study_name=name, storage=_storage(place))
         except KeyError:
-            raise StudyError([f"{place.address}: holds no search {name!r}; run `launch.py search` first"]) from None
+            raise StudyError(
+                [f"{_without_password(place.address)}: holds no search {name!r}; run `launch.py search` first"]
+            ) from None
+        _check_declaration(study, place, json.loads(json.dumps(declaration)))
+        return cls(study, search, space)
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -145,10 +151,6 @@ class Trials:
     def count(self) -> int:
         """Number of trials, whatever became of them."""
         return len(self.study.get_trials(deepcopy=False))
-
-    def declared(self) -> dict[str, Any]:
-        """The declaration that the search was begun under."""
-        return dict(self.study.user_attrs.get(DECLARATION, {}))
 
     def best(self) -> list[TrialFacts]:
         """Finished trials, best first; with several objectives the Pareto front, best first in the first of them."""
@@ -310,7 +312,7 @@ def _database(place: Place) -> optuna.storages.BaseStorage:
         raise StudyError(
             [
                 f"--optuna-storage {_without_password(place.address)}: cannot be used ({said}); expected a URL such as "
-                "postgresql+psycopg2://USER@HOST/DATABASE or sqlite:///FILE, whose driver is installed"
+                "postgresql+psycopg://USER@HOST/DATABASE or sqlite:///FILE, whose driver is installed (extra `search`)"
             ]
         ) from error
 
@@ -411,7 +413,9 @@ def check_sampler(search: SearchSettings) -> None:
     import importlib.util
 
     if search.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
-        raise StudyError(["search.sampler: cmaes needs the package of that name (pip install cmaes), or choose tpe"])
+        raise StudyError(
+            ["search.sampler: cmaes needs the package of that name, which the extra `search` brings; or choose tpe"]
+        )
 
 
 def _pruner(search: SearchSettings, space: Space) -> optuna.pruners.BasePruner:

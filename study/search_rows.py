@@ -43,7 +43,9 @@ class Search:
             StudyError: it declares none.
         """
         if study.search is None:
-            raise StudyError([f"{study.name}: declares no search; add a group `search`, which may be empty: search: {{}}"])
+            raise StudyError(
+                [f"{study.name}: declares no search; add a group `search`, which may be empty: search: {{}}"]
+            )
         (dataset,) = study.datasets
         return cls(study, study.search, space_of(study.search, study.rows[0].settings[dataset]))
 
@@ -135,7 +137,9 @@ def _looks_of(chain: Chain) -> tuple[str, str]:
 # -- the studies that follow -----------------------------------------------------------------------------------------
 
 
-def confirmation(search: Search, best: Sequence[TrialFacts], trials: Sequence[TrialFacts], storage: Path) -> Study | None:
+def confirmation(
+    search: Search, best: Sequence[TrialFacts], trials: Sequence[TrialFacts], storage: Path
+) -> Study | None:
     """The best trials run again in full over the study's seeds, beside its own rows; None where none is left to run.
 
     One trial a trajectory: the averages of one trajectory are no neighbours that could disagree. A trial that trains
@@ -154,8 +158,7 @@ def confirmation(search: Search, best: Sequence[TrialFacts], trials: Sequence[Tr
         return None
     first = len(search.study.rows)
     rows = [
-        search.row(_rank(trial, best, len(trials)), first + i, trial.chosen)
-        for i, trial in enumerate(chosen.values())
+        search.row(_rank(trial, best, len(trials)), first + i, trial.chosen) for i, trial in enumerate(chosen.values())
     ]
     untried = [replace(row, name=f"{row.name} (0 trials)") for row in search.study.rows]
     return replace(
@@ -180,9 +183,10 @@ def _budget(search: Search, trials: Sequence[TrialFacts]) -> str:
     trajectories = len({t.trajectory for t in trials})
     return (
         f"Rows named No. k of n trials were chosen on validation with seed {search.settings.trial_seed} among "
-        f"{len(trials)} trials on {trajectories} trajectories ({counts['FINISHED']} finished, {counts['PRUNED']} pruned, "
-        f"{counts['FAILED']} failed); the other rows were given no trial. None of the seeds above took part in the "
-        "choice. A winner's validation value in the search is too high for having been chosen; the figures here are not."
+        f"{len(trials)} trials on {trajectories} trajectories ({counts['FINISHED']} finished, {counts['PRUNED']} "
+        f"pruned, {counts['FAILED']} failed); the other rows were given no trial. None of the seeds of this table took "
+        "part in the choice: a winner's validation value in the search is too high for having been chosen, the figures "
+        "here are not."
     )
 
 
@@ -209,7 +213,7 @@ def ablation_of(search: Search, best: TrialFacts, trials: int, storage: Path) ->
         search.study,
         name=f"{search.study.name}-ablation",
         title=f"Ablation of the winner of: {search.study.title}",
-        description="Leave-one-out around the best trial: each row lacks one part, or has one setting as before the search.",
+        description="Leave-one-out around the best trial: each row lacks a part, or has one setting as it was before.",
         rows=tuple(rows),
         report=search.study.report.model_copy(update={"compare": "first", "published": None, "notes": tuple(notes)}),
         search=None,
@@ -243,9 +247,7 @@ def _part_row(search: Search, name: str, index: int, chosen: Mapping[str, Any]) 
 def _acting(search: Search, rows: Sequence[Row], storage: Path) -> tuple[list[Row], list[str]]:
     """Rows that differ in effect from all before them, and the names of the others."""
     kept: dict[tuple[str, str], Row] = {}
-    idle = []
     for chain in chains_of(search.trials_study(rows), storage):
-        if kept.setdefault(_looks_of(chain), chain.cell.row) is not chain.cell.row:
-            idle.append(chain.cell.row.name.removeprefix("− "))
-    return list(kept.values()), idle
-
+        kept.setdefault(_looks_of(chain), chain.cell.row)
+    acting = {row.name for row in kept.values()}
+    return list(kept.values()), [row.name.removeprefix("− ") for row in rows if row.name not in acting]

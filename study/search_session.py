@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from analysis.schema import StudyHeader
-from study.chains import Chain, digest
-from study.declare import MAIN_METRIC, cell_headers, counted_units, epochs_of, finished_outcome, row_headers, study_header
+from analysis.schema import StudyHeader, Units
+from study.chains import Chain, digest, the_task
+from study.declare import cell_headers, counted_units, epochs_of, finished_outcome, row_headers
 from study.driver import Session
 from study.growing import GrowingSchedule
 from study.ledger_entries import CellHeader, CellOutcome, RowHeader
@@ -25,7 +25,6 @@ from study.search import Place, TrialFacts, Trials
 from study.search_report import Spent, write_search_report
 from study.search_rows import Search
 from trainables.cache_files import release
-from trainables.requests import RAW
 from trainables.results import CellResult, EpochRecord
 from trainables.stopping import follow
 
@@ -150,7 +149,7 @@ class SearchSession(Session):
         rows = tuple(chain.cell.row for chain in chains)
         study = replace(self._plan.study, rows=rows)
         self._plan = replace(self._plan, study=study, chains=chains)
-        self._ledger.extend(self._header_so_far(), self._cells(plan))
+        self._ledger.extend(self._header(self._planned_units()), self._cells(plan))
 
     # -- the ledger's terms -------------------------------------------------------------------------------------------
 
@@ -166,9 +165,8 @@ class SearchSession(Session):
     def _cells(self, plan: Plan) -> list[CellHeader]:
         return [replace(cell, row_key=self._parent.key) for cell in cell_headers(plan, row_headers(plan))]
 
-    def _header_so_far(self) -> StudyHeader:
-        units = counted_units(self._plan, [], {}).model_copy(update={"executed": None})
-        return study_header(self._plan, units, self._provenance).model_copy(update={"search": True})
+    def _header(self, units: Units) -> StudyHeader:
+        return super()._header(units).model_copy(update={"search": True})
 
     def _outcome(self, chain: Chain, result: CellResult) -> CellOutcome:
         """A trial is judged on validation; what it does on the test split is not looked at before it is confirmed."""
@@ -191,7 +189,7 @@ class SearchSession(Session):
 
     def _values(self, chain: Chain, result: CellResult) -> list[float]:
         """The objectives of a finished trial: validation metric at its best epoch, units up to its last one."""
-        metric = MAIN_METRIC[chain.cell.settings.task]
+        metric = the_task(self._search.study).main_metric
         values = {
             "metric": result.metrics[VAL + metric],
             "units": float(sum(chain.course.units()[: result.last_epoch])),
@@ -212,7 +210,8 @@ class SearchSession(Session):
         history = None if step is None else self._store.history(node.request.keys[-1])
         if step is None or history is None or not watching:
             return True
-        prunes = [self._trials.prunes(self._numbers[c.key], step, _best_so_far(c, history)) for c in watching]
+        metric = the_task(self._search.study).main_metric
+        prunes = [self._trials.prunes(self._numbers[c.key], step, _best_so_far(c, history, metric)) for c in watching]
         if not all(prunes):
             return True
         for chain in watching:
@@ -252,7 +251,7 @@ class SearchSession(Session):
         results = list(self._results.values())
         caches = self._cache_units(results)
         units = counted_units(self._plan, results, caches).model_copy(update={"executed": self._spent(caches).executed})
-        header = study_header(self._plan, units, self._provenance).model_copy(update={"search": True})
+        header = self._header(units)
         folder = self._store.report(self._search.study.name)
         for file in write_search_report(self._search, self._trials, header, self._spent(caches), folder):
             self._ledger.attach(self._parent.key, file, "search")
@@ -285,10 +284,9 @@ def _by_trajectory(
     return grouped
 
 
-def _best_so_far(chain: Chain, history: Sequence[EpochRecord]) -> float:
+def _best_so_far(chain: Chain, history: Sequence[EpochRecord], metric: str) -> float:
     """A trial's best validation metric in stage 2; NaN where it was never defined."""
-    metric = MAIN_METRIC[chain.cell.settings.task]
-    name = f"{VAL}{chain.observer.copy or RAW}/{metric}"
+    name = f"{VAL}{chain.observer.copy}/{metric}"
     tuned = history[chain.cell.settings.strategy.head_epochs :]
     values = [record.metrics.get(name, float("nan")) for record in tuned]
     best = follow(values, None).best
