@@ -82,8 +82,10 @@ class GrowingSchedule(Schedule):
             self._add_trajectory(plan, users)
 
     def _has_few_waiting(self) -> bool:
-        """Trajectories that wait for a head stage may not pile up: asked later, they know more."""
-        return self.count("waiting") <= self.count("running")
+        """Trajectories that wait for a head stage may not pile up: asked for later, they know more."""
+        waiting = [node for node in self.nodes if node.status == "waiting"]
+        blocked = sum(node.parent is None or node.parent.status != "waiting" for node in waiting)
+        return blocked <= self.count("running")
 
     def _add_trajectory(self, plan: Plan, users: Sequence[Chain]) -> None:
         chain = users[0]
