@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -34,6 +34,9 @@ from study.options import (
     tracking_address,
 )
 from study.running import FAILED, UI_PORT, Launch, print_plan, report_at, run_study
+
+if TYPE_CHECKING:
+    from analysis.schema import StudyHeader
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -230,6 +233,7 @@ def report(
     from analysis.report import terminal_table, write_report
 
     records = load(at.address, at.study)
+    _refuse_search(records.header)
     with report_at(at.report, f"python study/launch.py report {at.study} --storage {at.folder}") as place:
         paths = write_report(records, place)
     console = Console()
@@ -250,7 +254,9 @@ def verify(
     from analysis.records import load
     from analysis.report import verify as drifts_of
 
-    drifts = drifts_of(load(at.address, at.study), at.report)
+    records = load(at.address, at.study)
+    _refuse_search(records.header)
+    drifts = drifts_of(records, at.report)
     for drift in drifts:
         print(drift)
     if drifts:
@@ -329,6 +335,17 @@ class LedgerPlace(NamedTuple):
     def report(self) -> Path:
         """Folder of tables and report."""
         return self.folder / self.study / "report"
+
+
+def _refuse_search(header: StudyHeader) -> None:
+    """Trials are compared by no table; what confirms them is a study of its own."""
+    if header.search:
+        raise StudyError(
+            [
+                f"{header.study}: a search; its report is written by `launch.py search`, and its winners' tables are "
+                f"those of {header.study}-confirm"
+            ]
+        )
 
 
 def _ledger_of(study: str, storage: str | None, tracking_uri: str | None, smoke: bool) -> LedgerPlace:

@@ -37,7 +37,7 @@ class GrowingSchedule(Schedule):
             rungs: epochs completed at a chain's rungs, ascending.
             grow: add another trajectory by `add`; False if there will be none any more.
             goes_on: whether a trajectory goes on after a trial that ended at a rung.
-            left: share of all trajectories that is still to come, for the estimate of what is left.
+            left: share of this launch's trajectories that is still to come, for the estimate of what is left.
         """
         super().__init__(plan, [], has_result, has_state)
         self._rungs = rungs

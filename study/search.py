@@ -109,6 +109,9 @@ class Trials:
             StudyError: the place cannot be used, or holds a search that was begun under another declaration.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        if not place.is_database:
+            make_folder(Path(place.address).parent)
+            _drop_torn_tail(Path(place.address))
         study = optuna.create_study(
             storage=_storage(place),
             study_name=name,
@@ -117,7 +120,9 @@ class Trials:
             pruner=_pruner(search, space),
             load_if_exists=True,
         )
-        _check_declaration(study, place, json.loads(json.dumps(declaration)))
+        if DECLARATION not in study.user_attrs and not study.get_trials(deepcopy=False):
+            study.set_user_attr(DECLARATION, json.loads(json.dumps(declaration)))
+        _check_declaration(study, place, declaration)
         return cls(study, search, space)
 
     @classmethod
@@ -129,16 +134,11 @@ class Trials:
         Raises:
             StudyError: there is none, or it was begun under another declaration.
         """
-        if not place.is_database and not Path(place.address).is_file():
-            raise StudyError([f"{place.address}: no such search; run `launch.py search` first"])
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            study = optuna.load_study(study_name=name, storage=_storage(place))
-        except KeyError:
-            raise StudyError(
-                [f"{_without_password(place.address)}: holds no search {name!r}; run `launch.py search` first"]
-            ) from None
-        _check_declaration(study, place, json.loads(json.dumps(declaration)))
+        study = _kept(place, name)
+        if study is None:
+            where = _without_password(place.address)
+            raise StudyError([f"{where}: holds no search {name!r}; run `launch.py search` first"])
+        _check_declaration(study, place, declaration)
         return cls(study, search, space)
 
     # -- what is there ------------------------------------------------------------------------------------------------
@@ -280,25 +280,33 @@ class Trials:
 # -- storage ---------------------------------------------------------------------------------------------------------
 
 
-def check_place(place: Place) -> None:
-    """Refuse an address that Optuna cannot keep a study at, before anything starts.
+def check_place(place: Place, name: str, declaration: Mapping[str, Any]) -> None:
+    """Refuse a place where the search cannot be kept or gone on with, before anything starts.
 
     Raises:
-        StudyError: naming the option.
+        StudyError: naming the option, or what the search there was begun with.
     """
-    if place.is_database:
-        _database(place)
+    study = _kept(place, name)
+    if study is not None and (DECLARATION in study.user_attrs or study.get_trials(deepcopy=False)):
+        _check_declaration(study, place, declaration)
+
+
+def _kept(place: Place, name: str) -> optuna.Study | None:
+    """A study that is there already."""
+    if not place.is_database and not Path(place.address).is_file():
+        return None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.load_study(study_name=name, storage=_storage(place))
+    except KeyError:
+        return None
 
 
 def _storage(place: Place) -> optuna.storages.BaseStorage:
     if place.is_database:
         return _database(place)
-    path = Path(place.address)
-    make_folder(path.parent)
-    _drop_torn_tail(path)
-    return optuna.storages.JournalStorage(
-        JournalFileBackend(str(path), lock_obj=JournalFileSymlinkLock(str(path), grace_period=LOCK_SECONDS))
-    )
+    lock = JournalFileSymlinkLock(place.address, grace_period=LOCK_SECONDS)
+    return optuna.storages.JournalStorage(JournalFileBackend(place.address, lock_obj=lock))
 
 
 def _database(place: Place) -> optuna.storages.BaseStorage:
@@ -333,12 +341,9 @@ def _drop_torn_tail(path: Path) -> None:
             file.truncate(whole)
 
 
-def _check_declaration(study: optuna.Study, place: Place, declaration: dict[str, Any]) -> None:
+def _check_declaration(study: optuna.Study, place: Place, declared: Mapping[str, Any]) -> None:
     """The values of all trials must mean the same."""
-    begun = study.user_attrs.get(DECLARATION)
-    if begun is None and not study.get_trials(deepcopy=False):
-        study.set_user_attr(DECLARATION, declaration)
-        return
+    begun, declaration = study.user_attrs.get(DECLARATION), json.loads(json.dumps(declared))
     if begun is None:
         raise StudyError(
             [

@@ -76,6 +76,7 @@ class SearchSession(Session):
 
     def schedule(self) -> Schedule:
         """Trials that were running when the last launch ended, and all that will be asked for."""
+        before, most = self._trials.count, self._search.settings.trials
         self._growing = GrowingSchedule(
             self._plan,
             has_result=self._has_result,
@@ -83,7 +84,7 @@ class SearchSession(Session):
             rungs=lambda chain: sorted(self._search.rung_epochs(chain)),
             grow=self._grow,
             goes_on=self._goes_on,
-            left=lambda: max(0.0, 1 - self._trials.count / self._search.settings.trials),
+            left=lambda: max(0, most - self._trials.count) / max(1, most - before),
         )
         self._schedule = self._growing
         pending = [c for c in self._chains.values() if self._is_open(c) and not self._is_echo(c)]

@@ -117,13 +117,13 @@ def _searched(search: Search, how: SearchLaunch, console: Console) -> tuple[Tria
     from study.search import Trials, check_place, check_sampler
 
     place = how.place(search.study.name)
+    declaration = search.declaration(launch.folder)
     check_sampler(search.settings)
-    check_place(place)
+    check_place(place, search.study.name, declaration)
     from study.search_session import Budget, SearchSession
 
     begin = partial(SearchSession, search=search, place=place, budget=Budget(how.seconds))
     launched = run_plan(plan, run_options(launch), console, begin)
-    declaration = search.declaration(launch.folder)
     return Trials.found(place, search.study.name, search.settings, search.space, declaration), launched
 
 

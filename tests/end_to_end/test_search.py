@@ -35,7 +35,10 @@ pytestmark = pytest.mark.slow
 LOOKS = 3
 SMALL: Mapping[str, Any] = {
     **TINY,
-    "search.parameters": {"ema.decay": {"choices": [0.9, 0.99], "when": {"ema.enabled": True}}},
+    "search.parameters": {
+        "ema.decay": {"choices": [0.9, 0.98], "when": {"ema.enabled": True}},
+        "strategy.tune_epochs": None,  # two epochs: a rung after the first
+    },
     "search.trials": 3 * LOOKS,
     "search.startup": 1,
     "search.confirm": 0,

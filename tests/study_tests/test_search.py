@@ -263,6 +263,10 @@ def test_a_search_that_was_begun_otherwise_is_refused_and_says_in_what(tmp_path:
     other = DECLARED | {"baseline": {"depth": 6}, "seed": 1}
     with pytest.raises(StudyError, match=r"begun with other baseline, seed: .*\(-o study=NAME\)"):
         Trials.open(default_place(tmp_path, "s"), "s", settings(), SPACE, other)
+    with pytest.raises(StudyError, match="begun with other baseline, seed"):
+        check_place(default_place(tmp_path, "s"), "s", other)
+    check_place(default_place(tmp_path, "s"), "s", DECLARED)
+    check_place(default_place(tmp_path, "another"), "another", other)
 
 
 def test_a_study_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -275,7 +279,7 @@ def test_a_study_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_search_that_is_not_there_is_said_and_not_made(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="no such search"):
+    with pytest.raises(StudyError, match="holds no search 's'"):
         Trials.found(default_place(tmp_path, "s"), "s", settings(), SPACE, DECLARED)
     assert list(tmp_path.iterdir()) == []
 
@@ -290,7 +294,7 @@ def test_a_search_that_is_not_there_is_said_and_not_made(tmp_path: Path) -> None
 )
 def test_a_database_that_cannot_be_used_is_one_message_without_its_password(url: str, said: str) -> None:
     with pytest.raises(StudyError) as refused:
-        check_place(Place(url))
+        check_place(Place(url), "s", DECLARED)
     (problem,) = refused.value.problems
     assert said in problem
     assert "--optuna-storage" in problem
