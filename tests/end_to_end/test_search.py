@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
@@ -43,6 +44,7 @@ SMALL: Mapping[str, Any] = {
     "search.startup": 1,
     "search.confirm": 0,
 }
+TYPED = {key: json.dumps(value) for key, value in SMALL.items()}  # as on a command line
 
 
 @dataclass(frozen=True)
@@ -159,18 +161,18 @@ def test_a_finished_search_that_is_run_again_trains_and_changes_nothing(undistur
 def test_a_search_that_is_killed_again_and_again_gives_the_trials_of_one_that_is_not(
     undisturbed: Searched, tmp_path: Path
 ) -> None:
-    rng = random.Random(11)
-    storage = tmp_path / "killed"
+    rng, storage, kills = random.Random(11), tmp_path / "killed", 0
     journal = storage / "search" / "optuna.log"
     for _ in range(3):
-        with launched(storage, study="search", overrides=SMALL) as launch:
+        with launched(storage, study="search", overrides=TYPED) as launch:
             size = journal.stat().st_size if journal.exists() else 0
             launch.until(lambda size=size: journal.exists() and journal.stat().st_size > size)  # type: ignore[misc]
-            end = time.monotonic() + rng.uniform(0.0, 4.0)
-            launch.until(lambda end=end: time.monotonic() >= end)  # type: ignore[misc]
-            launch.send(signal.SIGKILL)
-            launch.wait()
-    with launched(storage, study="search", overrides=SMALL) as launch:
+            end = time.monotonic() + rng.uniform(0.0, 3.0)
+            if launch.until(lambda end=end: time.monotonic() >= end):  # type: ignore[misc]
+                launch.send(signal.SIGKILL)
+                kills += launch.wait() == -signal.SIGKILL
+    assert kills >= 2, launch.output
+    with launched(storage, study="search", overrides=TYPED) as launch:
         assert launch.wait() == 0, launch.output
     after = Searched(storage, undisturbed.search, 0)
     assert after.csv() == undisturbed.csv()
@@ -180,7 +182,7 @@ def test_a_search_that_is_killed_again_and_again_gives_the_trials_of_one_that_is
 
 
 def test_ray_tells_every_trial_and_ends(undisturbed: Searched, tmp_path: Path) -> None:
-    with launched(tmp_path, study="search", overrides=SMALL, executor="ray") as launch:
+    with launched(tmp_path, study="search", overrides=TYPED, executor="ray") as launch:
         assert launch.wait() == 0, launch.output
     after = Searched(tmp_path, undisturbed.search, 0)
     assert len(after.trials) == undisturbed.search.settings.trials
