@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -36,14 +35,12 @@ from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
 from study.plan import Cache, Plan
+from study.preparing import prepare_data, require_disk
 from study.progress import Progress
 from study.schedule import Node, Schedule, pending_schedule
-from study.store import NO_ROOM, Store
+from study.store import Store
 from trainables.cache_files import cache_name, record_of, release
-from trainables.data.index import DataError
-from trainables.data.opened import Folders, open_data
 from trainables.results import CellResult, EpochRecord
-from trainables.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +100,7 @@ def _run(
     # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
     named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
     if (pending := pending_schedule(plan, store.root)).nodes:
+        require_disk(plan, store)
         _executor(plan, options, store).check(pending, store)  # also before hours of decoding
     contents = prepare_data(plan, store, console)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
@@ -314,36 +312,6 @@ class Session:
     def _cache_units(self, results: Sequence[tuple[Chain, CellResult]]) -> dict[str, int]:
         names = {record.cache for _, result in results for record in result.history if record.cache is not None}
         return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
-
-
-def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
-    """Draw, decode and check every data set once; cache identity → digest of the contents of its images and masks."""
-    contents: dict[str, str] = {}
-    opened: dict[str, str] = {}
-    problems: list[str] = []
-    folders = Folders(store.phantoms, store.images, store.splits)
-    for chain in plan.chains:
-        settings = chain.cell.settings
-        at = settings.model_dump_json(include={"task", "dataset", "segmentation"})
-        if at not in opened:
-            try:
-                if plan.images_to_decode:
-                    console.print(f"preparing {settings.dataset.name} …", highlight=False)
-                data = open_data(settings.dataset, folders, workers=os.cpu_count() or 1)
-                opened[at] = TASKS[settings.task].contents(settings, data)
-                store.check_contents(chain.cache_identity, opened[at])
-            except (DataError, StudyError) as error:
-                problems += str(error).split("\n")
-                opened[at] = ""
-            except OSError as error:
-                where = error.filename or store.root
-                remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
-                problems.append(f"preparing {settings.dataset.name}: {where}: {error.strerror}; {remedy}")
-                opened[at] = ""
-        contents[chain.cache_identity] = opened[at]
-    if problems:
-        raise StudyError(problems)
-    return contents
 
 
 def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:

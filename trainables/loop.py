@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.activations import Activations
-from trainables.device import autocast
+from trainables.device import autocast, seed_dropout
 from trainables.ema import Average
 from trainables.requests import RAW, Compute
 from trainables.results import EpochRecord, TrainingError
@@ -96,6 +96,7 @@ class Trajectory:
         self._activations = activations
         self._initial = {name: t.detach().to("cpu", copy=True) for name, t in named_tensors(self.model)}
         self._optimiser = self._build_optimiser()
+        self._parameters = list(self.model.module().parameters())  # walking the modules takes longer than clipping
         self._averages = {name: Average(*numbers) for name, numbers in averages.items()}
         self._class_state: Weights | None = None
         self.counted = Counted()
@@ -159,7 +160,7 @@ class Trajectory:
             self._set_rates(now, step, len(batches))
             if step == 0:
                 effective = self._read_back(now, loss_weights)
-            torch.manual_seed(stream("dropout", self.seed, self.epoch, step))
+            seed_dropout(self.device, stream("dropout", self.seed, self.epoch, step))
             losses.append(self._step(rows, now, loss_weights))
             for average in self._averages.values() if now.segment == "tune" else ():
                 average.update(live)
@@ -179,7 +180,7 @@ class Trajectory:
         loss = self.task.loss(outputs, rows, loss_weights)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.optimiser.clip_norm is not None:
-            trained = [p for p in self.model.module().parameters() if p.grad is not None]
+            trained = [p for p in self._parameters if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, self.settings.optimiser.clip_norm)
         self._optimiser.step()
         self.counted.training += len(rows) * self.task.costs.training(start, now.unfrozen, now.base)

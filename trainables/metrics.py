@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 
 def class_aucs(labels: npt.NDArray[np.integer], scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """AUC of each class, over the images that are labelled for it.
+
+    As the Mann–Whitney statistic: (sum of the positives' ranks − n₁(n₁ + 1)/2) / (n₁ n₀), ties at their mean rank
+    (Hanley & McNeil 1982).
 
     Args:
         labels: (N, C) 0 or 1; anything else is unlabelled and left out of its class.
@@ -19,12 +22,14 @@ def class_aucs(labels: npt.NDArray[np.integer], scores: npt.NDArray[np.floating]
     Returns:
         (C,) float64; NaN where a class has one value only, which is undefined (not 0, not 0.5).
     """
-    aucs = np.full(labels.shape[1], np.nan)
-    for c in range(labels.shape[1]):
-        labelled = np.isin(labels[:, c], (0, 1))
-        column = labels[labelled, c]
-        if column.size and column.min() != column.max():
-            aucs[c] = roc_auc_score(column, scores[labelled, c])
+    known = np.isin(labels, (0, 1))
+    positive = labels == 1
+    # Unlabelled images get no rank, so that ranks count labelled images alone.
+    ranks = rankdata(np.where(known, scores, np.nan), axis=0, nan_policy="omit")
+    n1 = positive.sum(axis=0, dtype=np.float64)
+    n0 = known.sum(axis=0) - n1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        aucs: npt.NDArray[np.float64] = (np.where(positive, ranks, 0.0).sum(axis=0) - n1 * (n1 + 1) / 2) / (n1 * n0)
     return aucs
 
 

@@ -229,8 +229,8 @@ def test_a_header_turns_back_from_its_tags(length: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_cells_are_read_in_seconds(uri: str) -> None:
-    sample = Sample(rows=tuple(f"row {i}" for i in range(100)), seeds=tuple(range(10)), epochs=20)
+def test_hundreds_of_cells_are_read_in_seconds(uri: str) -> None:
+    sample = Sample(rows=tuple(f"row {i}" for i in range(20)), seeds=tuple(range(10)), epochs=20)
     sample = replace(sample, metrics=tuple(f"val/m{i}" for i in range(17)))
     ledger = Ledger(uri)
     ledger.open(sample.header(), sample.row_headers(), sample.cell_headers())
@@ -242,5 +242,5 @@ def test_a_thousand_cells_are_read_in_seconds(uri: str) -> None:
     records = load(uri, "ablation")
     elapsed = time.perf_counter() - before
     print(f"read {len(records.cells)} cells and {len(records.history)} values in {elapsed:.1f} s")
-    assert (len(records.cells), len(records.history)) == (1000, 400_000)
-    assert elapsed < 20
+    assert (len(records.cells), len(records.history)) == (200, 80_000)
+    assert elapsed < 5  # of a thousand, the benchmarks tell

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainables.data import images
+from trainables.data import image_store
 from trainables.data.decode import decode
 from trainables.data.images import ImageCache, cache_bytes, images_to_decode
 from trainables.data.index import DataError, Index
@@ -250,11 +250,53 @@ class TestCache:
             open_cache(data, tmp_path / "cache", workers=2)
         assert images_to_decode(data[0], SIZE, "crop", tmp_path / "cache") == 12
 
+    def test_when_unreadable_images_are_mended_only_they_are_decoded(
+        self, data: tuple[Index, Path], tmp_path: Path
+    ) -> None:
+        path = data[1] / "images" / data[0].names[4]
+        whole = path.read_bytes()
+        path.write_bytes(b"no image")
+        with pytest.raises(DataError, match=r"^1 of 12 images cannot be read"):
+            open_cache(data, tmp_path / "cache")
+        path.write_bytes(whole)
+        cache = open_cache(data, tmp_path / "cache")
+        assert cache.decoded == 1
+        assert cache.contents_digest == open_cache(data, tmp_path / "other").contents_digest
+        assert {p.suffix for p in (tmp_path / "cache").glob("*/*")} == {".npz", ".u8"}
+        assert len(list((tmp_path / "cache").glob("*/*"))) == 2
+
+    def test_a_cache_that_nobody_opened_for_a_day_makes_room_and_one_that_is_in_use_does_not(
+        self, data: tuple[Index, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def of_size(size: int) -> ImageCache:
+            return ImageCache.open(data[0], data[1], image_size=size, fit="crop", folder=tmp_path / "cache")
+
+        old, used = of_size(16), of_size(20)
+        folders = {path.name.split("-")[1]: path for path in (tmp_path / "cache").glob("*/")}
+        day = 25 * 3600
+        os.utime(folders["16"] / "state.npz", (time.time() - day,) * 2)
+        usage = shutil.disk_usage(tmp_path)
+
+        def free(_: Path) -> object:  # a disk that holds two of these caches and no more
+            return usage._replace(free=12 * 24 * 24 if not folders["16"].exists() else 0)
+
+        monkeypatch.setattr(image_store.shutil, "disk_usage", free)
+        kept = old.pixels.copy()
+        assert of_size(24).decoded == 12
+        assert not folders["16"].exists() and folders["20"].exists()
+        assert np.array_equal(old.pixels, kept), "who reads it goes on"
+        assert used.pixels.shape[1] == 20
+        usage = usage._replace(total=1)
+        monkeypatch.setattr(image_store.shutil, "disk_usage", lambda _: usage._replace(free=0))
+        with pytest.raises(DataError, match="make room"):
+            of_size(28)
+        assert folders["20"].exists()
+
     def test_a_disk_that_is_too_full_is_an_error_before_writing(
         self, data: tuple[Index, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(images.shutil, "disk_usage", lambda _: usage._replace(free=100))
+        monkeypatch.setattr(image_store.shutil, "disk_usage", lambda _: usage._replace(free=100))
         with pytest.raises(DataError, match=r"decoded images need 0\.00 GB, 0\.00 GB are free; make room"):
             open_cache(data, tmp_path / "cache")
 
@@ -278,16 +320,17 @@ def decode(*arguments):
     time.sleep({delay})
     return slow(*arguments)
 images.decode = decode
+images.KEEP_EVERY = {keep_every}
 index, data, folder = t.make_index({count}), Path({data!r}), Path({folder!r})
 cache = images.ImageCache.open(index, data, image_size=t.SIZE, fit="crop", folder=folder)
 print(cache.decoded, cache.contents_digest)
 """
 
 
-def start(data: Path, folder: Path, count: int, delay: float) -> subprocess.Popen[str]:
+def start(data: Path, folder: Path, count: int, delay: float, keep_every: int = 1000) -> subprocess.Popen[str]:
     """Open the cache in another process that takes `delay` seconds an image."""
     here = str(Path(__file__).parent)
-    code = OPEN.format(tests=here, data=str(data), folder=str(folder), count=count, delay=delay)
+    code = OPEN.format(tests=here, data=str(data), folder=str(folder), count=count, delay=delay, keep_every=keep_every)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
@@ -302,6 +345,19 @@ def test_after_sudden_death_while_decoding_the_next_opening_is_whole(tmp_path: P
     assert cache.decoded == 40
     assert np.array_equal(cache.pixels[39], decode(data[1] / "images" / data[0].names[39], SIZE, "crop", 1))
     assert len(list((tmp_path / "cache").glob("*/*"))) == 2  # nothing half-made is left
+
+
+def test_decoding_that_was_killed_goes_on_from_what_was_done(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", 40)
+    process = start(tmp_path / "data", tmp_path / "cache", 40, delay=0.05, keep_every=5)
+    wait_for(lambda: any((tmp_path / "cache").glob("*/begun.npz")), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert images_to_decode(data[0], SIZE, "crop", tmp_path / "cache") == 40
+    cache = open_cache(data, tmp_path / "cache")
+    assert cache.decoded <= 35
+    assert cache.contents_digest == open_cache(data, tmp_path / "anew").contents_digest
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 2, "nothing half-made is left"
 
 
 def test_processes_that_open_one_cache_at_once_decode_it_once(tmp_path: Path) -> None:

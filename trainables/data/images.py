@@ -1,37 +1,34 @@
 """Images decoded once into a memory map that all trials of a machine share.
 
-`pixels.u8` holds (N, S, S, C) bytes; `state.npz` the size and time of change of each file and the sha256 of each
-decoded image. At every opening all pixels are hashed (1 to 2 GB a second, no more than the first epoch reads anyway):
-images whose file changed, or whose pixels do not fit their hash, are decoded again.
+At every opening all pixels are hashed (1 to 2 GB a second, no more than the first epoch reads anyway): images whose
+file changed, or whose pixels do not fit their hash, are decoded again. Decoding that is stopped, by whatever, goes on
+from the images that are done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 from PIL import UnidentifiedImageError
 
-from trainables.cache_files import claim_blocks
 from trainables.data.decode import UNREADABLE, decode
-from trainables.data.index import Claims, DataError, Index
+from trainables.data.image_store import Hashes, ImageStore, Stamps, Stored, hash_of, stamps_of
+from trainables.data.index import DataError, Index
 from trainables.data.placing import Fit
 from trainables.data.registry import locate
 
 _log = logging.getLogger(__name__)
 
-Hashes = npt.NDArray[np.uint8]  # (N, 32) sha256 of each image's pixels
-Stamps = npt.NDArray[np.int64]  # (N, 2) size in bytes, time of change in ns
+Told = Callable[[int, int], None]  # (images done, images to do)
+
+KEEP_EVERY = 1000  # images between two notes of how far decoding has come
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,17 @@ class ImageCache:
     decoded: int
 
     @classmethod
-    def open(cls, index: Index, root: Path, *, image_size: int, fit: Fit, folder: Path, workers: int = 1) -> ImageCache:
+    def open(
+        cls,
+        index: Index,
+        root: Path,
+        *,
+        image_size: int,
+        fit: Fit,
+        folder: Path,
+        workers: int = 1,
+        told: Told | None = None,
+    ) -> ImageCache:
         """Open the cache under `folder`, decoding what is missing from it.
 
         Several processes may open one cache at the same time: one decodes, the others wait for it.
@@ -62,25 +69,26 @@ class ImageCache:
                 'letterbox' the longer side, the rest is grey.
             folder: of all caches.
             workers: threads that decode.
+            told: hears after each image how many of those to decode are done.
 
         Raises:
             DataError: images that are missing or cannot be read.
         """
         paths = locate(index, root)
-        stamps = _stamps(paths)
-        store = _Store.of(index, image_size, fit, folder)
+        stamps = stamps_of(paths)
+        store = ImageStore.of(index, image_size, fit, folder)
         stored = store.load()
         if stored is None or len(stored.outdated(stamps)):
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(store.folder.with_suffix(".lock")):
+            with store.lock:
                 # Another process may have decoded meanwhile: load again.
-                return _complete(store, store.load(), paths, stamps, workers)
+                return _complete(store, store.load(), paths, stamps, workers, told)
         return _opened(stored, 0)
 
 
 def images_to_decode(index: Index, image_size: int, fit: Fit, folder: Path) -> int:
     """How many images opening the cache will decode, as far as can be told without the image files: all or none."""
-    return 0 if _Store.of(index, image_size, fit, folder).exists() else len(index)
+    return 0 if ImageStore.of(index, image_size, fit, folder).exists() else len(index)
 
 
 def cache_bytes(index: Index, image_size: int) -> int:
@@ -88,134 +96,59 @@ def cache_bytes(index: Index, image_size: int) -> int:
     return len(index) * image_size * image_size * index.channels
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A cache as it lies on disk, pixels already hashed."""
-
-    path: Path
-    pixels: npt.NDArray[np.uint8]
-    stamps: Stamps
-    stated: Hashes
-    actual: Hashes
-
-    def outdated(self, stamps: Stamps) -> npt.NDArray[np.intp]:
-        """Images to decode again."""
-        return np.flatnonzero((self.stamps != stamps).any(1) | self.broken())
-
-    def broken(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether the pixels differ from what was decoded."""
-        broken: npt.NDArray[np.bool_] = (self.stated != self.actual).any(1)
-        return broken
-
-
-@dataclass(frozen=True)
-class _Store:
-    """The files of one cache. `state.npz` is renamed into place last and names its pixel file."""
-
-    folder: Path
-    shape: tuple[int, int, int, int]
-    fit: Fit
-    claims: Claims | None
-
-    @classmethod
-    def of(cls, index: Index, image_size: int, fit: Fit, folder: Path) -> _Store:
-        h = hashlib.sha256(f"{image_size} {fit} {index.channels} {len(index)}\0".encode())
-        h.update("\0".join(index.names.tolist()).encode())
-        name = f"{index.dataset}-{image_size}-{fit}-{h.hexdigest()[:16]}"
-        return cls(folder / name, (len(index), image_size, image_size, index.channels), fit, index.claims)
-
-    def exists(self) -> bool:
-        """Whether a cache lies there, its pixel file of the right size."""
-        state = self._state()
-        return state is not None and _size(self.folder / str(state["pixels"])) == self._bytes()
-
-    def load(self) -> _Stored | None:
-        """Map and hash the stored pixels; None if there are none, or if they cannot be used."""
-        state = self._state()
-        if state is None:
-            return None
-        path = self.folder / str(state["pixels"])
-        if _size(path) != self._bytes():
-            _log.warning("%s: %d bytes instead of %d; decoding anew", path, _size(path), self._bytes())
-            return None
-        pixels = np.memmap(path, np.uint8, "r", shape=self.shape)
-        return _Stored(
-            path, pixels, state["stamps"].astype(np.int64), state["hashes"].astype(np.uint8), _hashes(pixels)
-        )
-
-    def create(self) -> tuple[Path, npt.NDArray[np.uint8]]:
-        """A new, writable pixel file.
-
-        Raises:
-            DataError: the disk is too full for them.
-            OSError: it has become so meanwhile.
-        """
-        free = shutil.disk_usage(self.folder).free
-        if free < self._bytes():
-            raise DataError(
-                f"{self.folder}: decoded images need {self._bytes() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make "
-                "room, choose another --storage, or a smaller dataset.image_size"
-            )
-        path = self.folder / f"pixels-{uuid4().hex}.u8"
-        pixels = np.memmap(path, np.uint8, "w+", shape=self.shape)
-        claim_blocks(path)
-        return path, pixels
-
-    def save(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
-        """Commit a written pixel file, then remove what no state names any more."""
-        partial = self.folder / f"state-{uuid4().hex}.partial"
-        with partial.open("wb") as file:
-            np.savez(file, pixels=np.array(path.name), stamps=stamps, hashes=hashes)
-        partial.replace(self.folder / "state.npz")
-        self.sweep(keep=path)
-
-    def sweep(self, keep: Path | None = None) -> None:
-        """Remove files of killed processes and former pixels; the caller holds the lock."""
-        for path in self.folder.iterdir():
-            if path != keep and path.name != "state.npz":
-                path.unlink()
-
-    def _state(self) -> dict[str, npt.NDArray[np.generic]] | None:
-        path = self.folder / "state.npz"
-        if not path.exists():
-            return None
-        try:
-            with np.load(path) as stored:
-                state = {name: stored[name] for name in ("pixels", "stamps", "hashes")}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            _log.warning("%s: damaged (%s); decoding anew", path, error)
-            return None
-        return state
-
-    def _bytes(self) -> int:
-        return int(np.prod(self.shape))
-
-
-def _complete(store: _Store, stored: _Stored | None, paths: Sequence[Path], stamps: Stamps, workers: int) -> ImageCache:
-    """Decode what is missing or outdated into a new pixel file; the caller holds the lock."""
-    todo = np.arange(len(paths)) if stored is None else stored.outdated(stamps)
-    if stored is not None and len(todo) == 0:
+def _complete(
+    store: ImageStore,
+    stored: Stored | None,
+    paths: Sequence[Path],
+    stamps: Stamps,
+    workers: int,
+    told: Told | None,
+) -> ImageCache:
+    """Decode what is missing or outdated into a new pixel file, or on into one begun; the caller holds the lock."""
+    if stored is not None and len(stored.outdated(stamps)) == 0:
         return _opened(stored, 0)
     store.folder.mkdir(exist_ok=True)
-    store.sweep(keep=None if stored is None else stored.path)
-    path, pixels = store.create()
-    hashes = np.zeros((len(paths), 32), np.uint8)
-    if stored is not None:
-        if stored.broken().any():
-            _log.warning(
-                "%s: %d images do not fit their digest; decoding them anew", stored.path, stored.broken().sum()
-            )
-        pixels[:] = stored.pixels
-        hashes[:] = stored.stated
+    path, pixels, hashes, todo = _begin(store, stored, stamps)
+
+    def keep() -> None:
+        store.keep(path, stamps, hashes)
+
     try:
-        _decode_into(pixels, hashes, paths, todo, store, workers)
-    except DataError:
-        path.unlink()  # with holes in it, it is of no use to anybody
+        _decode_into(pixels, hashes, paths, todo, store, workers, told, keep)
+    except BaseException:  # Ctrl-C and images that cannot be read included: what is done is done
+        try:
+            keep()
+        except OSError as error:  # it would only have spared time, and must not hide why decoding has ended
+            _log.warning("%s: %s; images that are decoded already will be decoded again", store.folder, error)
         raise
     pixels.flush()  # type: ignore[attr-defined]
     store.save(path, stamps, hashes)
     read_only = np.memmap(path, np.uint8, "r", shape=store.shape)
-    return _opened(_Stored(path, read_only, stamps, hashes, hashes), len(todo))
+    return _opened(Stored(path, read_only, stamps, hashes, hashes), len(todo))
+
+
+def _begin(
+    store: ImageStore, stored: Stored | None, stamps: Stamps
+) -> tuple[Path, npt.NDArray[np.uint8], Hashes, npt.NDArray[np.intp]]:
+    """Pixel file, its pixels, the hashes of what is decoded (0 where nothing is), and what is to do."""
+    begun = store.begun()
+    kept = [cache.path for cache in (stored, begun) if cache is not None]
+    store.sweep(*kept, keep_begun=begun is not None)
+    if stored is not None and stored.broken().any():
+        _log.warning("%s: %d images do not fit their digest; decoding them anew", stored.path, stored.broken().sum())
+    source = begun or stored
+    hashes = np.zeros((len(stamps), 32), np.uint8)
+    todo = np.arange(len(stamps))
+    if source is not None:
+        todo = source.outdated(stamps)
+        done = np.setdiff1d(np.arange(len(stamps)), todo)
+        hashes[done] = source.stated[done]
+    if begun is not None:
+        return begun.path, begun.pixels, hashes, todo
+    path, pixels = store.create()
+    if stored is not None:
+        pixels[:] = stored.pixels
+    return path, pixels, hashes, todo
 
 
 def _decode_into(
@@ -223,8 +156,10 @@ def _decode_into(
     hashes: Hashes,
     paths: Sequence[Path],
     todo: npt.NDArray[np.intp],
-    store: _Store,
+    store: ImageStore,
     workers: int,
+    told: Told | None,
+    keep: Callable[[], None],
 ) -> None:
     """Decode the images `todo` into their places; Pillow decodes outside of the interpreter's lock, so threads do.
 
@@ -241,12 +176,18 @@ def _decode_into(
         except UNREADABLE as error:
             return f"{paths[position]} ({_reason(error)})"
         pixels[position] = image
-        hashes[position] = _hash(image)
+        hashes[position] = hash_of(image)
         return None
 
     pool = ThreadPoolExecutor(max(1, workers))
+    failures: list[str] = []
     try:
-        failures = [failure for failure in pool.map(decode_one, todo.tolist()) if failure is not None]
+        for done, failure in enumerate(pool.map(decode_one, todo.tolist()), start=1):
+            failures += [] if failure is None else [failure]
+            if told is not None:
+                told(done, len(todo))
+            if done % KEEP_EVERY == 0:
+                keep()
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C what is left of a large data set must not be decoded first
     if failures:
@@ -261,22 +202,5 @@ def _reason(error: Exception) -> str:
     return "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
 
 
-def _opened(stored: _Stored, decoded: int) -> ImageCache:
+def _opened(stored: Stored, decoded: int) -> ImageCache:
     return ImageCache(stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded)
-
-
-def _hash(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
-
-
-def _hashes(pixels: npt.NDArray[np.uint8]) -> Hashes:
-    return np.stack([_hash(image) for image in pixels])
-
-
-def _stamps(paths: Sequence[Path]) -> Stamps:
-    return np.array([(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in paths)], np.int64)
-
-
-def _size(path: Path) -> int:
-    """Bytes, −1 if there is no such file."""
-    return path.stat().st_size if path.exists() else -1

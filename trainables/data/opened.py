@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainables.data.images import ImageCache
+from trainables.data.images import ImageCache, Told
 from trainables.data.index import Index
 from trainables.data.registry import load_index, prepare
 from trainables.settings import DatasetSettings
@@ -35,7 +35,7 @@ class Data:
     decoded: Path
 
 
-def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) -> Data:
+def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1, told: Told | None = None) -> Data:
     """Load the index, draw phantoms if need be, and decode the images once.
 
     Raises:
@@ -44,6 +44,6 @@ def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1) 
     index = load_index(settings, folders.splits)
     root = prepare(settings, index, folders.phantoms)
     images = ImageCache.open(
-        index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers
+        index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers, told=told
     )
     return Data(index, images, root, folders.images)

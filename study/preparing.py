@@ -1,0 +1,119 @@
+"""Before training: room on the disk, and every data set drawn, decoded and checked once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from study.documents import StudyError
+from study.plan import Plan
+from study.store import NO_ROOM, Store
+from trainables.data.images import Told
+from trainables.data.index import DataError
+from trainables.data.opened import Folders, open_data
+from trainables.tasks import TASKS
+
+PLAIN_SECONDS = 30.0  # without a terminal: between two lines on how far decoding has come
+
+
+def require_disk(plan: Plan, store: Store) -> None:
+    """Refuse a study that its storage has no room for: a full disk must not be met after days.
+
+    What lies in the storage already counts as this study's, so that no study is refused for what it has written.
+
+    Raises:
+        StudyError: with what is wanted and what is free.
+    """
+    free = shutil.disk_usage(store.root).free
+    if plan.disk_bytes <= free:
+        return
+    wanted = plan.disk_bytes - _written(store.root)
+    if wanted > free:
+        raise StudyError(
+            [
+                f"--storage {store.root}: the study takes {wanted / 1e9:,.1f} GB for images, caches, states and "
+                f"weights, {free / 1e9:,.1f} GB are free; make room, choose another --storage, or a smaller "
+                "dataset.image_size"
+            ]
+        )
+
+
+def _written(root: Path) -> int:
+    """Bytes of the files in a storage, as far as they stay where they are."""
+    total = 0
+    for folder, _, files in os.walk(root):
+        for name in files:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_blocks * 512  # noqa: PTH116, PTH118 (many files)
+            except FileNotFoundError:  # dropped meanwhile
+                continue
+    return total
+
+
+def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
+    """Draw, decode and check every data set once; cache identity → digest of the contents of its images and masks.
+
+    Raises:
+        StudyError: with every problem of every data set; nothing was trained.
+    """
+    contents: dict[str, str] = {}
+    opened: dict[str, str] = {}
+    problems: list[str] = []
+    folders = Folders(store.phantoms, store.images, store.splits)
+    for chain in plan.chains:
+        settings = chain.cell.settings
+        at = settings.model_dump_json(include={"task", "dataset", "segmentation"})
+        if at not in opened:
+            try:
+                with _told(settings.dataset.name, console, speak=bool(plan.images_to_decode)) as told:
+                    data = open_data(settings.dataset, folders, workers=os.cpu_count() or 1, told=told)
+                opened[at] = TASKS[settings.task].contents(settings, data)
+                store.check_contents(chain.cache_identity, opened[at])
+            except (DataError, StudyError) as error:
+                problems += str(error).split("\n")
+                opened[at] = ""
+            except OSError as error:
+                where = error.filename or store.root
+                remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
+                problems.append(f"preparing {settings.dataset.name}: {where}: {error.strerror}; {remedy}")
+                opened[at] = ""
+        contents[chain.cache_identity] = opened[at]
+    if problems:
+        raise StudyError(problems)
+    return contents
+
+
+@contextmanager
+def _told(dataset: str, console: Console, *, speak: bool) -> Iterator[Told]:
+    """Says how far decoding has come: a bar in a terminal, a line now and then in a log."""
+    if not speak:
+        yield lambda done, images: None
+        return
+    if not console.is_terminal:
+        console.print(f"preparing {dataset} …", highlight=False)
+        yield _Lines(dataset, console)
+        return
+    columns = (TextColumn("preparing {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(dataset, total=None)
+        yield lambda done, images: bar.update(task, completed=done, total=images)
+
+
+class _Lines:
+    """One line each half minute."""
+
+    def __init__(self, dataset: str, console: Console) -> None:
+        self._dataset, self._console = dataset, console
+        self._spoke = time.monotonic()
+
+    def __call__(self, done: int, images: int) -> None:
+        if time.monotonic() - self._spoke >= PLAIN_SECONDS:
+            self._spoke = time.monotonic()
+            self._console.print(f"  {self._dataset}: {done:,} of {images:,} images decoded", highlight=False)

@@ -1,0 +1,196 @@
+"""The files of a cache of decoded images: whole, begun, refreshed, or evicted for another one.
+
+`pixels-….u8` holds (N, S, S, C) bytes. `state.npz`, renamed into place last, names the pixel file of a whole cache,
+with the size and time of change of each image file and the sha256 of each decoded image. `begun.npz` is the same of one
+that is being decoded, where images that are not there yet have the hash 0: decoding that was stopped goes on from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from trainables.cache_files import claim_blocks
+from trainables.data.index import Claims, DataError, Index
+from trainables.data.placing import Fit
+
+_log = logging.getLogger(__name__)
+
+Hashes = npt.NDArray[np.uint8]  # (N, 32) sha256 of each image's pixels
+Stamps = npt.NDArray[np.int64]  # (N, 2) size in bytes, time of change in ns
+
+STATE, BEGUN = "state.npz", "begun.npz"
+EVICTABLE_SECONDS = 24 * 3600.0  # since a cache was last opened: nobody is about to read it again
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A cache as it lies on disk, pixels already hashed."""
+
+    path: Path
+    pixels: npt.NDArray[np.uint8]
+    stamps: Stamps
+    stated: Hashes
+    actual: Hashes
+
+    def outdated(self, stamps: Stamps) -> npt.NDArray[np.intp]:
+        """Images to decode again."""
+        return np.flatnonzero((self.stamps != stamps).any(1) | self.broken())
+
+    def broken(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the pixels differ from what was decoded."""
+        broken: npt.NDArray[np.bool_] = (self.stated != self.actual).any(1)
+        return broken
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """The files of one cache."""
+
+    folder: Path
+    shape: tuple[int, int, int, int]
+    fit: Fit
+    claims: Claims | None
+
+    @classmethod
+    def of(cls, index: Index, image_size: int, fit: Fit, folder: Path) -> ImageStore:
+        """The cache of an index at a size, under the folder of all caches."""
+        h = hashlib.sha256(f"{image_size} {fit} {index.channels} {len(index)}\0".encode())
+        h.update("\0".join(index.names.tolist()).encode())
+        name = f"{index.dataset}-{image_size}-{fit}-{h.hexdigest()[:16]}"
+        return cls(folder / name, (len(index), image_size, image_size, index.channels), fit, index.claims)
+
+    @property
+    def lock(self) -> FileLock:
+        """Held by who decodes; freed by the system when its holder dies."""
+        return FileLock(self.folder.with_suffix(".lock"))
+
+    def exists(self) -> bool:
+        """Whether a whole cache lies there, its pixel file of the right size."""
+        state = self._read(STATE)
+        return state is not None and _size(self.folder / str(state["pixels"])) == self._bytes()
+
+    def load(self) -> Stored | None:
+        """Map and hash the stored pixels; None if there are none, or if they cannot be used."""
+        stored = self._load(STATE)
+        if stored is not None:
+            os.utime(self.folder / STATE)  # when it was last of use: `_evict`
+        return stored
+
+    def begun(self) -> Stored | None:
+        """As `load`, of what a decoding that was stopped has left; its pixels may be written."""
+        return self._load(BEGUN)
+
+    def _load(self, name: str) -> Stored | None:
+        state = self._read(name)
+        if state is None:
+            return None
+        path = self.folder / str(state["pixels"])
+        if _size(path) != self._bytes():
+            _log.warning("%s: %d bytes instead of %d; decoding anew", path, _size(path), self._bytes())
+            return None
+        pixels = np.memmap(path, np.uint8, "r" if name == STATE else "r+", shape=self.shape)
+        stamps, stated = state["stamps"].astype(np.int64), state["hashes"].astype(np.uint8)
+        return Stored(path, pixels, stamps, stated, np.stack([hash_of(image) for image in pixels]))
+
+    def create(self) -> tuple[Path, npt.NDArray[np.uint8]]:
+        """A new, writable pixel file; caches that were long of no use make room for it.
+
+        Raises:
+            DataError: the disk is too full for it.
+            OSError: it has become so meanwhile.
+        """
+        _evict(self.folder, self._bytes())
+        free = shutil.disk_usage(self.folder).free
+        if free < self._bytes():
+            raise DataError(
+                f"{self.folder}: decoded images need {self._bytes() / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make "
+                "room, choose another --storage, or a smaller dataset.image_size"
+            )
+        path = self.folder / f"pixels-{uuid4().hex}.u8"
+        pixels = np.memmap(path, np.uint8, "w+", shape=self.shape)
+        claim_blocks(path)
+        return path, pixels
+
+    def keep(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
+        """Say how far a pixel file has come, so that its decoding can go on after a sudden end."""
+        self._write(BEGUN, path, stamps, hashes)
+
+    def save(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
+        """Commit a written pixel file, then remove what no state names any more."""
+        self._write(STATE, path, stamps, hashes)
+        self.sweep(path, keep_begun=False)
+
+    def sweep(self, *pixels: Path, keep_begun: bool = True) -> None:
+        """Remove files of killed processes and former pixels but for `pixels`; the caller holds the lock."""
+        names = {STATE, *(path.name for path in pixels), *([BEGUN] if keep_begun else [])}
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                path.unlink()
+
+    def _write(self, name: str, path: Path, stamps: Stamps, hashes: Hashes) -> None:
+        partial = self.folder / f"{name}-{uuid4().hex}.partial"
+        with partial.open("wb") as file:
+            np.savez(file, pixels=np.array(path.name), stamps=stamps, hashes=hashes)
+        partial.replace(self.folder / name)
+
+    def _read(self, name: str) -> dict[str, npt.NDArray[np.generic]] | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            with np.load(path) as stored:
+                state = {key: stored[key] for key in ("pixels", "stamps", "hashes")}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            _log.warning("%s: damaged (%s); decoding anew", path, error)
+            return None
+        return state
+
+    def _bytes(self) -> int:
+        return int(np.prod(self.shape))
+
+
+def _evict(folder: Path, wanted: int) -> None:
+    """Delete caches beside `folder`, the longest unused first, until there is room; a process that reads one goes on.
+
+    Only caches that nobody has opened for a day, so that two studies never take turns at evicting each other's.
+    """
+    old = time.time() - EVICTABLE_SECONDS
+    states = [(path.stat().st_mtime, path.parent) for path in folder.parent.glob(f"*/{STATE}") if path.parent != folder]
+    for used, other in sorted(states):
+        if shutil.disk_usage(folder).free >= wanted or used > old:
+            return
+        try:
+            with FileLock(other.with_suffix(".lock"), timeout=0):
+                shutil.rmtree(other)
+        except Timeout:  # somebody is about to use it
+            continue
+        _log.warning(
+            "%s: deleted, unused for %.0f days, to make room for %s", other, (time.time() - used) / 86400, folder
+        )
+
+
+def hash_of(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """(32,) sha256 of an image's pixels."""
+    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
+
+
+def stamps_of(paths: list[Path]) -> Stamps:
+    """Of image files."""
+    return np.array([(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in paths)], np.int64)
+
+
+def _size(path: Path) -> int:
+    """Bytes, −1 if there is no such file."""
+    return path.stat().st_size if path.exists() else -1
