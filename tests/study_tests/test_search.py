@@ -16,7 +16,7 @@ from study.search import JOURNAL, Place, TrialFacts, Trials, check_place, defaul
 from study.search_settings import SearchSettings
 from trainables.settings import Settings
 
-SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
+SAMPLERS = ("tpe", "random", pytest.param("gp", marks=pytest.mark.slow), "cmaes", "nsga2")
 SPACE = resolve(
     {
         "strategy.depth": Parameter(choices=(2, 4, "all")),
@@ -161,6 +161,7 @@ def test_a_journal_that_is_cut_anywhere_leads_to_the_same_search(tmp_path: Path)
         assert told_apart(trials.all()) == straight, f"cut after {cut} of {len(written)} bytes"
 
 
+@pytest.mark.slow
 def test_a_lock_that_a_killed_driver_left_is_taken_over_within_seconds(tmp_path: Path) -> None:
     trials = opened(tmp_path, trials=3)
     told(trials, trials.propose())
@@ -242,7 +243,7 @@ def test_the_best_comes_first_and_equals_by_number(tmp_path: Path) -> None:
     assert [t.number for t in trials.best()] == [4, 1, 2, 3, 0, 5]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow), "nsga2", "random"])
 def test_several_objectives_give_the_pareto_front(tmp_path: Path, sampler: str) -> None:
     given = {"objectives": ("metric", "units"), "sampler": sampler}
     trials = opened(tmp_path, trials=12, **given)
