@@ -554,6 +554,8 @@ def _metrics(values: Mapping[str, float], time_ms: int, step: int) -> list[Metri
 
 def _view(header: StudyHeader) -> str:
     """State of MLflow's table of runs: columns for the main metric of rows and of cells."""
+    if header.search:
+        return as_json({"selectedColumns": [f"metrics.`{metric_key(schema.BEST + schema.VAL + header.main_metric)}`"]})
     metric = metric_key(schema.TEST + header.main_metric)
     return as_json({"selectedColumns": [f"metrics.`{metric}{of}`" for of in ("/mean", "/std", "/n", "")]})
 

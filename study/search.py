@@ -1,8 +1,8 @@
 """The trials of a search, kept by Optuna: what is tried next, what came out, and what is pruned.
 
-With `search_figures` the only file that imports optuna. Two Optuna studies stand behind it. The kept one is in a
-journal file or database; a trial enters it in one write, with all its parameters, so that a driver that is killed at
-any point leaves whole trials. The other one is a draft in memory, made anew for every proposal from what the kept one
+With `search_storage` and `search_figures` the only file that imports optuna. Two Optuna studies stand behind it. The
+kept one is in a journal file or database; a trial enters it in one write, with all its parameters, so that a driver
+that is killed at any point leaves whole trials. The other one is a draft in memory, made anew for every proposal from what the kept one
 holds, with a sampler seeded by the search's seed and the trial's number: so a search that was killed and goes on asks
 for the same trials as one that was not.
 """
@@ -10,31 +10,23 @@ for the same trials as one that was not.
 from __future__ import annotations
 
 import json
-import logging
 import random
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from search_spaces.space import Assignment, Dimension, Space
 from study.documents import StudyError
-from study.durable import make_folder
 from study.search_settings import DIRECTIONS, SearchSettings
+from study.search_storage import Place, begun_study, check_declaration, kept_study, without_password
 
-log = logging.getLogger(__name__)
-
-JOURNAL = "optuna.log"
-LOCK_SECONDS = 5  # after which the journal's lock is that of a process that was killed
 POPULATION = 16  # of genetic samplers: Optuna's own, 50, is more than most searches here have trials
-DECLARATION, TRAJECTORY, OBSERVED, UNITS, ERROR = "declaration", "trajectory", "observed", "units", "error"
+TRAJECTORY, OBSERVED, UNITS, ERROR = "trajectory", "observed", "units", "error"
 
 Status = Literal["RUNNING", "FINISHED", "PRUNED", "FAILED"]
 _STATUS: Mapping[TrialState, Status] = {
@@ -67,26 +59,6 @@ class TrialFacts:
     ended_ms: int = 0
 
 
-class Place(NamedTuple):
-    """Where Optuna keeps the study.
-
-    Attributes:
-        address: URL of a database, or path of a journal file.
-    """
-
-    address: str
-
-    @property
-    def is_database(self) -> bool:
-        """A database that SQLAlchemy connects to."""
-        return "://" in self.address
-
-
-def default_place(storage: Path, name: str) -> Place:
-    """The journal file of a search in a storage folder."""
-    return Place(str(storage.resolve() / name / JOURNAL))
-
-
 class Trials:
     """All trials of one search."""
 
@@ -108,21 +80,8 @@ class Trials:
         Raises:
             StudyError: the place cannot be used, or holds a search that was begun under another declaration.
         """
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        if not place.is_database:
-            make_folder(Path(place.address).parent)
-            _drop_torn_tail(Path(place.address))
-        study = optuna.create_study(
-            storage=_storage(place),
-            study_name=name,
-            directions=[DIRECTIONS[objective] for objective in search.objectives],
-            sampler=optuna.samplers.RandomSampler(),  # proposals come from drafts alone
-            pruner=_pruner(search, space),
-            load_if_exists=True,
-        )
-        if DECLARATION not in study.user_attrs and not study.get_trials(deepcopy=False):
-            study.set_user_attr(DECLARATION, json.loads(json.dumps(declaration)))
-        _check_declaration(study, place, declaration)
+        directions = [DIRECTIONS[objective] for objective in search.objectives]
+        study = begun_study(place, name, directions, _pruner(search, space), declaration)
         return cls(study, search, space)
 
     @classmethod
@@ -134,11 +93,11 @@ class Trials:
         Raises:
             StudyError: there is none, or it was begun under another declaration.
         """
-        study = _kept(place, name)
+        study = kept_study(place, name)
         if study is None:
-            where = _without_password(place.address)
+            where = without_password(place.address)
             raise StudyError([f"{where}: holds no search {name!r}; run `launch.py search` first"])
-        _check_declaration(study, place, declaration)
+        check_declaration(study, place, declaration)
         return cls(study, search, space)
 
     # -- what is there ------------------------------------------------------------------------------------------------
@@ -275,90 +234,6 @@ class Trials:
     def _as_chosen(self, look: Mapping[str, Any]) -> Assignment:
         """An assignment that went through JSON."""
         return {d.key: _decoded(d, _encoded(look[d.key])) for d in self._space.dimensions if d.key in look}
-
-
-# -- storage ---------------------------------------------------------------------------------------------------------
-
-
-def check_place(place: Place, name: str, declaration: Mapping[str, Any]) -> None:
-    """Refuse a place where the search cannot be kept or gone on with, before anything starts.
-
-    Raises:
-        StudyError: naming the option, or what the search there was begun with.
-    """
-    study = _kept(place, name)
-    if study is not None and (DECLARATION in study.user_attrs or study.get_trials(deepcopy=False)):
-        _check_declaration(study, place, declaration)
-
-
-def _kept(place: Place, name: str) -> optuna.Study | None:
-    """A study that is there already."""
-    if not place.is_database and not Path(place.address).is_file():
-        return None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return optuna.load_study(study_name=name, storage=_storage(place))
-    except KeyError:
-        return None
-
-
-def _storage(place: Place) -> optuna.storages.BaseStorage:
-    if place.is_database:
-        return _database(place)
-    lock = JournalFileSymlinkLock(place.address, grace_period=LOCK_SECONDS)
-    return optuna.storages.JournalStorage(JournalFileBackend(place.address, lock_obj=lock))
-
-
-def _database(place: Place) -> optuna.storages.BaseStorage:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        return optuna.storages.RDBStorage(place.address)
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, ImportError) and error.__cause__ is not None else error
-        said = str(cause).strip().splitlines()[0]
-        raise StudyError(
-            [
-                f"--optuna-storage {_without_password(place.address)}: cannot be used ({said}); expected a URL such as "
-                "postgresql+psycopg://USER@HOST/DATABASE or sqlite:///FILE, whose driver is installed (extra `search`)"
-            ]
-        ) from error
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:…@", url)
-
-
-def _drop_torn_tail(path: Path) -> None:
-    """Cut off a last line that a killed driver has not finished: Optuna would write the next one behind it."""
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        log.warning("%s: the last %d bytes were written when a driver was killed; dropped", path, len(data) - whole)
-        with path.open("r+b") as file:
-            file.truncate(whole)
-
-
-def _check_declaration(study: optuna.Study, place: Place, declared: Mapping[str, Any]) -> None:
-    """The values of all trials must mean the same."""
-    begun, declaration = study.user_attrs.get(DECLARATION), json.loads(json.dumps(declared))
-    if begun is None:
-        raise StudyError(
-            [
-                f"{_without_password(place.address)}: holds an Optuna study {study.study_name!r} that is no search of "
-                "this project; give this one another name (-o study=NAME)"
-            ]
-        )
-    differing = [name for name in declaration.keys() | begun.keys() if declaration.get(name) != begun.get(name)]
-    if differing:
-        raise StudyError(
-            [
-                f"search {study.study_name!r} was begun with other {', '.join(sorted(differing))}: trials of both "
-                "would not be comparable; give it another name (-o study=NAME) or another --storage"
-            ]
-        )
 
 
 # -- Optuna's terms --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Figures of a search, by Optuna's own plotting: history, importances, slices, Pareto front.
 
-Beside `search` the only file that imports optuna: drawing takes matplotlib, which asking and telling does without.
+Imports optuna, beside `search` and `search_storage`: drawing takes matplotlib, which asking and telling do without.
 """
 
 from __future__ import annotations

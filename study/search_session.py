@@ -21,9 +21,10 @@ from study.growing import GrowingSchedule
 from study.ledger_entries import CellHeader, CellOutcome, RowHeader
 from study.plan import Plan, make_plan
 from study.schedule import Node, Schedule
-from study.search import Place, TrialFacts, Trials
+from study.search import TrialFacts, Trials
 from study.search_report import Spent, write_search_report
 from study.search_rows import Search
+from study.search_storage import Place
 from trainables.cache_files import release
 from trainables.results import CellResult, EpochRecord
 from trainables.stopping import follow

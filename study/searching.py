@@ -28,7 +28,8 @@ from study.spec import Study
 if TYPE_CHECKING:
     from study.driver import Launched
     from study.plan import Plan
-    from study.search import Place, TrialFacts, Trials
+    from study.search import TrialFacts, Trials
+    from study.search_storage import Place
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SearchLaunch:
 
     def place(self, name: str) -> Place:
         """Where Optuna keeps the search."""
-        from study.search import Place, default_place
+        from study.search_storage import Place, default_place
 
         return default_place(self.launch.folder, name) if self.optuna_storage is None else Place(self.optuna_storage)
 
@@ -114,7 +115,8 @@ def _searched(search: Search, how: SearchLaunch, console: Console) -> tuple[Tria
     require_images(plan)
     search.check_values(launch.folder, download=True)
     from study.driver import run_plan
-    from study.search import Trials, check_place, check_sampler
+    from study.search import Trials, check_sampler
+    from study.search_storage import check_place, storage_watched
 
     place = how.place(search.study.name)
     declaration = search.declaration(launch.folder)
@@ -123,7 +125,8 @@ def _searched(search: Search, how: SearchLaunch, console: Console) -> tuple[Tria
     from study.search_session import Budget, SearchSession
 
     begin = partial(SearchSession, search=search, place=place, budget=Budget(how.seconds))
-    launched = run_plan(plan, run_options(launch), console, begin)
+    with storage_watched(place):
+        launched = run_plan(plan, run_options(launch), console, begin)
     return Trials.found(place, search.study.name, search.settings, search.space, declaration), launched
 
 

@@ -23,8 +23,9 @@ from study.documents import StudyError
 from study.driver import RunOptions, run_plan
 from study.plan import make_plan
 from study.running import Launch as Options
-from study.search import TrialFacts, Trials, default_place
+from study.search import TrialFacts, Trials
 from study.search_rows import Search, chains_of
+from study.search_storage import default_place
 from study.searching import SearchLaunch, ablate_best, run_search
 from study.spec import Choices, Study, find_study, load_study
 from study.store import Store

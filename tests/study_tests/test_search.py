@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 
 from search_spaces.space import Parameter, Space, resolve
 from study.documents import StudyError
-from study.search import JOURNAL, Place, TrialFacts, Trials, check_place, default_place
+from study.interrupts import StudyHaltedError
+from study.search import TrialFacts, Trials
 from study.search_settings import SearchSettings
+from study.search_storage import JOURNAL, Place, check_place, default_place, storage_watched
 from trainables.settings import Settings
 
 SAMPLERS = ("tpe", "random", pytest.param("gp", marks=pytest.mark.slow), "cmaes", "nsga2")
@@ -308,6 +312,21 @@ def test_a_database_keeps_a_search_as_the_journal_does(tmp_path: Path) -> None:
         trials = Trials.open(place, "s", settings(trials=9), SPACE, DECLARED)
         told(trials, trials.propose())
     assert told_apart(trials.all()) == told_apart(run(tmp_path / "journal", trials=9))
+
+
+def test_a_database_that_fails_on_the_way_is_one_message_that_says_how_to_go_on(tmp_path: Path) -> None:
+    file = tmp_path / "optuna.db"
+    place = Place(f"sqlite:///{file}")
+    trials = Trials.open(place, "s", settings(), SPACE, DECLARED)
+    told(trials, trials.propose())
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("DROP TABLE trial_params")
+        database.commit()
+    with (
+        pytest.raises(StudyHaltedError, match=r"failed .*trial_params.* run the same command again"),
+        storage_watched(place),
+    ):
+        trials.propose()
 
 
 def test_the_journal_is_read_by_optunas_own_tools(tmp_path: Path) -> None:

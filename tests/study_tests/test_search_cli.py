@@ -10,9 +10,9 @@ import pytest
 from small_studies import document, write
 from test_cli import Told, launch
 
-from study.search import default_place
 from study.search_rows import Search
 from study.search_settings import SearchSettings
+from study.search_storage import default_place
 from study.spec import Choices, find_study, load_study
 
 SLOW = pytest.mark.slow  # each is a process
