@@ -2,9 +2,9 @@
 
 With `search_storage` and `search_figures` the only file that imports optuna. Two Optuna studies stand behind it. The
 kept one is in a journal file or database; a trial enters it in one write, with all its parameters, so that a driver
-that is killed at any point leaves whole trials. The other one is a draft in memory, made anew for every proposal from what the kept one
-holds, with a sampler seeded by the search's seed and the trial's number: so a search that was killed and goes on asks
-for the same trials as one that was not.
+that is killed at any point leaves whole trials. The other one is a draft in memory, made anew for every proposal from
+what the kept one holds, with a sampler seeded by the search's seed and the trial's number: so a search that was killed
+and goes on asks for the same trials as one that was not.
 """
 
 from __future__ import annotations
