@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,16 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]  # ray ships no type
         raise NotImplementedError("this script only measures undisturbed runs")
 
 
-def space_around(baseline: Settings) -> Any:
-    """Optuna's define-by-run function for the space of the comparison."""
-    encoder_lr, head_lr = baseline.optimiser.encoder_lr, baseline.optimiser.head_lr
-
-    def suggest(trial: optuna.Trial) -> None:
-        low, high = TIMES["optimiser.encoder_lr"]
-        trial.suggest_float("optimiser.encoder_lr", low * encoder_lr, high * encoder_lr, log=True)
-        low, high = TIMES["optimiser.tune_head_lr"]
-        trial.suggest_float("optimiser.tune_head_lr", low * head_lr, high * head_lr, log=True)
-        trial.suggest_categorical("optimiser.head_lr", [times * head_lr for times in HEAD_LR_TIMES])
-        if trial.suggest_categorical("weighting.enabled", [False, True]):
-            trial.suggest_float("weighting.eta", *ETA)
-        trial.suggest_categorical("ema.decay", list(DECAYS))
-
-    return suggest
+def suggest(trial: optuna.Trial, *, encoder_lr: float, head_lr: float) -> None:
+    """The space of the comparison as Optuna's define-by-run function."""
+    low, high = TIMES["optimiser.encoder_lr"]
+    trial.suggest_float("optimiser.encoder_lr", low * encoder_lr, high * encoder_lr, log=True)
+    low, high = TIMES["optimiser.tune_head_lr"]
+    trial.suggest_float("optimiser.tune_head_lr", low * head_lr, high * head_lr, log=True)
+    trial.suggest_categorical("optimiser.head_lr", [times * head_lr for times in HEAD_LR_TIMES])
+    if trial.suggest_categorical("weighting.enabled", [False, True]):
+        trial.suggest_float("weighting.eta", *ETA)
+    trial.suggest_categorical("ema.decay", list(DECAYS))
 
 
 def main() -> None:
@@ -118,7 +114,9 @@ def _tuner(baseline: Settings, seed: int, trials: int, storage: Path) -> tune.Tu
     environment = {"env_vars": {"PYTHONPATH": str(PROJECT)}}
     ray.init(runtime_env=environment, include_dashboard=False, log_to_driver=False, _temp_dir=temporary)
     sampler = optuna.samplers.TPESampler(seed=0, multivariate=True, group=True, constant_liar=True)
-    algorithm = OptunaSearch(space=space_around(baseline), metric="val_auc", mode="max", sampler=sampler)
+    rates = baseline.optimiser
+    space = partial(suggest, encoder_lr=rates.encoder_lr, head_lr=rates.head_lr)  # Tune pickles it
+    algorithm = OptunaSearch(space=space, metric="val_auc", mode="max", sampler=sampler)
     trainable = tune.with_parameters(
         TrialTrainable, baseline=baseline.model_dump_json(), seed=seed, storage=str(storage)
     )
