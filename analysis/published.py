@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from analysis.statistics import Floats, Summary, macro, summarise
 from analysis.tables import StudyTable, TableLine
 
 FOLDER = Path(__file__).parent / "published"
+METHOD = "spft"  # the row, letters and digits alone, that the paper's own line stands for
+_CITATION = re.compile(r"\s*\([^()]*\b\d{4}\)$")
 OVERALL = "Macro AUC"  # label of the overall figure in tables that list metrics
 
 
@@ -105,14 +107,24 @@ class Beside:
 
 
 def set_beside(table: StudyTable) -> Beside | None:
-    """The published table that the study names, beside its own rows; None where it names none.
+    """The published tables that the study names, beside its own rows; None where it names none.
 
     Raises:
         PublishedError: the study names a table that is not there.
     """
-    if table.header.published is None:
+    named = table.header.published
+    if not named:
         return None
-    numbers = load(table.header.published)
+    each = [_beside(load(file), table) for file in ((named,) if isinstance(named, str) else named)]
+    return Beside(
+        source=replace(each[0].source, place=" and ".join(beside.source.place for beside in each)),
+        lines=tuple(line for beside in each for line in beside.lines),
+        remarks=tuple(dict.fromkeys(remark for beside in each for remark in beside.remarks)),
+        inconsistencies=tuple(dict.fromkeys(found for beside in each for found in beside.inconsistencies)),
+    )
+
+
+def _beside(numbers: Numbers, table: StudyTable) -> Beside:
     lines = _beside_models(numbers, table) if numbers.source.metrics else _beside_metrics(numbers, table)
     return Beside(numbers.source, tuple(lines), tuple(_remarks(numbers, table)), tuple(inconsistencies(numbers)))
 
@@ -288,8 +300,11 @@ def _row_by_marks(numbers: Numbers, position: int, lines: tuple[TableLine, ...])
 
 
 def _row_by_name(label: str, rows: tuple[str, ...]) -> str | None:
-    """The one row whose name, letters and digits alone, is or begins with the label's."""
-    plain = _plain(label)
+    """The one row whose name, letters and digits alone, is or begins with the label's.
+
+    A label's citation is no part of its name, and what the paper calls ours is the row of its method.
+    """
+    plain = METHOD if label.startswith("Ours") else _plain(_CITATION.sub("", label))
     exact = [row for row in rows if _plain(row) == plain]
     begins = exact or [row for row in rows if _plain(row).startswith(plain)]
     return begins[0] if len(begins) == 1 else None

@@ -95,7 +95,7 @@ class StudyHeader(_Frozen):
     classes: dict[str, tuple[str, ...]]  # data set → classes
     dropped: dict[str, tuple[str, ...]]  # data set → dropped classes
     synthetic: tuple[str, ...] = ()  # data sets that are drawn, not taken
-    published: str | None = None  # file of analysis/published/ to set beside
+    published: str | tuple[str, ...] | None = None  # files of analysis/published/ to set beside
     notes: tuple[str, ...] = ()  # leakage, splits, tolerance modes: stated in every report
     units: Units
     provenance: dict[str, str]  # command, versions, machine, digests

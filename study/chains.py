@@ -23,7 +23,7 @@ from study.documents import StudyError
 from study.spec import Cell, Execution, Study
 from trainables.costs import IMAGES, Costs
 from trainables.data.index import SPLITS, DataError, Index
-from trainables.data.registry import load_index
+from trainables.data.registry import load_away, load_index
 from trainables.model_files import BackboneError
 from trainables.requests import Compute, Observer
 from trainables.settings import ONLY_IN_TASK, READING, DatasetSettings, Settings
@@ -44,6 +44,17 @@ class Material:
     classes: tuple[str, ...]
     targets_digest: str
     annotated: npt.NDArray[np.bool_] | None  # images that take part; None: all
+    away: Index | None = None  # the other data set's test split, where cells are tested there
+
+    @property
+    def observed_at(self) -> str:
+        """Name and digest of what is tested on, if it is another data set."""
+        return "" if self.away is None else f"{self.away.dataset} {self.away.digest()[:12]}"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether any of the images are drawn."""
+        return self.index.synthetic or (self.away is not None and self.away.synthetic)
 
     @property
     def costs(self) -> Costs:
@@ -225,7 +236,9 @@ def materials_of(study: Study, storage: Path, download: bool) -> dict[tuple[str,
 
 
 def _material(settings: Settings, storage: Path, download: bool) -> Material:
-    index = _index(settings.dataset.model_dump_json(), storage / "splits")
+    data, splits = settings.dataset, storage / "splits"
+    index = _index(data.model_copy(update={"tested": "home"}).model_dump_json(), splits)
+    away = _away(data.model_dump_json(), splits) if data.tested == "away" else None
     kind = TASKS[settings.task]
     classes = kind.classes(settings, index)
     model = kind.facts(settings, classes, download)
@@ -235,12 +248,18 @@ def _material(settings: Settings, storage: Path, download: bool) -> Material:
     unknown = [name for name in settings.weighting.boosts if name not in (*classes, *index.classes, *index.dropped)]
     if unknown:
         raise StudyError([f"weighting.boosts: {index.dataset} has no class {', '.join(unknown)}"])
-    return Material(index, model, classes, kind.targets_digest(settings, index), kind.annotated(settings, index))
+    targets, annotated = kind.targets_digest(settings, index), kind.annotated(settings, index)
+    return Material(index, model, classes, targets, annotated, away)
 
 
 @cache
 def _index(dataset_json: str, splits: Path) -> Index:
     return load_index(DatasetSettings.model_validate_json(dataset_json), splits if splits.is_dir() else None)
+
+
+@cache
+def _away(dataset_json: str, splits: Path) -> Index:
+    return load_away(DatasetSettings.model_validate_json(dataset_json), splits if splits.is_dir() else None)
 
 
 # -- chains ----------------------------------------------------------------------------------------------------------
@@ -253,7 +272,7 @@ def course_of(settings: Settings, material: Material, compute: Compute) -> Cours
         material=material,
         phases=phases,
         tokens=tokens,
-        observer=Observer.of(settings.ema, settings.stopping),
+        observer=Observer.of(settings.ema, settings.stopping, material.observed_at),
         ground=_ground(settings, material, compute),
         cache_identity=_cache_identity(settings, material, compute),
     )
@@ -275,8 +294,8 @@ def _ground(settings: Settings, material: Material, compute: Compute) -> str:
     """Digest of what holds for the whole trajectory, apart from the seed."""
     s = settings
     return _ground_digest(
-        s.dataset.model_dump_json(exclude={"root", *READING}),
-        s.model.model_dump_json(exclude={"backbone", "mean", "std"}),
+        s.dataset.model_dump_json(exclude={"root", "test_on", "tested", *READING}),
+        s.model.model_dump_json(exclude={"backbone", "mean", "std", "weights", "small", "own_size"}),
         s.optimiser.model_dump_json(include={"batch_size", "weight_decay", "clip_norm"}),
         s.model_dump_json(include=TASK_GROUPS),
         material.index.digest(),

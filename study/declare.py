@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from analysis.schema import StudyHeader, Units
-from study.chains import Chain, digest, library_versions, the_task
+from study.chains import Chain, Material, digest, library_versions, the_task
 from study.documents import flatten
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.plan import Plan
 from study.spec import Row
 from study.store import Store
+from trainables.data.index import Index
 from trainables.results import CellResult, EpochRecord
+from trainables.settings import DatasetSettings
 
 NEEDS_NO_RESULTS: dict[str, int | None] = {"executed": None, "stopped_early": 0, "recomputed": 0}
 
@@ -40,7 +42,7 @@ def study_header(plan: Plan, units: Units, provenance: dict[str, str]) -> StudyH
         per_class=study.report.per_class,
         classes={name: m.classes for name, m in materials.items()},
         dropped={name: m.index.dropped for name, m in materials.items()},
-        synthetic=tuple(name for name, m in materials.items() if m.index.synthetic),
+        synthetic=tuple(name for name, m in materials.items() if m.synthetic),
         published=study.report.published,
         notes=_notes(plan),
         units=units,
@@ -59,6 +61,11 @@ def provenance(plan: Plan, command: str) -> dict[str, str]:
             f"{len(index)} images, {len(set(index.groups.tolist()))} {index.group_kind}s, "
             f"split {index.split_digest()[:16]}"
         )
+        if (away := chain.material.away) is not None:
+            facts[f"tested on {chain.cell.dataset.partition('→')[2]}"] = (
+                f"{len(away)} images, {len(set(away.groups.tolist()))} {away.group_kind}s, "
+                f"split {away.split_digest()[:16]}"
+            )
     return facts | library_versions() | {name: version(name) for name in the_task(plan.study).libraries}
 
 
@@ -85,7 +92,7 @@ def cell_headers(plan: Plan, rows: dict[tuple[str, str], RowHeader]) -> list[Cel
     stages = {stage.key for stage in plan.stages}
     headers = []
     for chain in plan.chains:
-        cell, index = chain.cell, chain.material.index
+        cell, material = chain.cell, chain.material
         row = rows[cell.dataset, cell.row.name]
         headers.append(
             CellHeader(
@@ -97,13 +104,26 @@ def cell_headers(plan: Plan, rows: dict[tuple[str, str], RowHeader]) -> list[Cel
                 row_key=row.key,
                 params=row.params | {"seed": str(cell.seed)},
                 config_digest=digest("config", row.params),
-                split_digest=index.split_digest(),
-                dataset_digest=index.digest(),
-                dataset_source=cell.settings.dataset.root or f"drawn: {index.dataset}",
+                split_digest=_of_both(material, Index.split_digest),
+                dataset_digest=_of_both(material, Index.digest),
+                dataset_source=_source(cell.settings.dataset, material),
                 stage_keys=tuple(key[:16] for key in chain.keys if key in stages),
             )
         )
     return headers
+
+
+def _of_both(material: Material, digest_of: Callable[[Index], str]) -> str:
+    """An index's digest; where cells are tested elsewhere one of both, for it takes both to make the result again."""
+    home = digest_of(material.index)
+    return home if material.away is None else digest("home and away", home, digest_of(material.away))
+
+
+def _source(data: DatasetSettings, material: Material) -> str:
+    home = data.root or f"drawn: {material.index.dataset}"
+    if material.away is None or data.test_on is None:
+        return home
+    return f"{home}, tested on {data.test_on.root or f'drawn: {material.away.dataset}'}"
 
 
 def epochs_of(chain: Chain, history: Iterable[EpochRecord]) -> list[Epoch]:
@@ -218,9 +238,10 @@ def _notes(plan: Plan) -> tuple[str, ...]:
     by_dataset: dict[str, set[str]] = defaultdict(set)
     for chain in plan.chains:
         index = chain.material.index
-        for note in index.notes:
-            notes[f"{index.dataset}: {note}"] = None
-        by_dataset[index.dataset].add(chain.material.model.name)
+        for looked_at in (index, *([chain.material.away] if chain.material.away is not None else [])):
+            for note in looked_at.notes:
+                notes[f"{looked_at.dataset}: {note}"] = None
+            by_dataset[looked_at.dataset].add(chain.material.model.name)
     for dataset, backbones in by_dataset.items():
         if dataset in ("chestxray14", "chexpert") and any("rad-dino" in name.lower() for name in backbones):
             notes[

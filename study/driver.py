@@ -35,7 +35,7 @@ from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
 from study.plan import Cache, Plan
-from study.preparing import prepare_data, require_disk
+from study.preparing import prepare_away, prepare_data, require_disk
 from study.progress import Progress
 from study.schedule import Node, Schedule, pending_schedule
 from study.store import Store
@@ -103,6 +103,7 @@ def _run(
         require_disk(plan, store)
         _executor(plan, options, store).check(pending, store)  # also before hours of decoding
     contents = prepare_data(plan, store, console)
+    prepare_away(plan, store, console)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
     say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
     session = begin(plan, store, ledger, contents, options.command, say=say, halt=halt)

@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -199,7 +200,7 @@ class Worker:
 
         release_memory()  # of the trial before
         task, provenance = self._bench.task(request.settings)
-        return Trial(request, task, self._store, provenance)
+        return Trial(request, task, self._store, provenance, partial(self._bench.away, request.settings))
 
 
 def worker_at(root: Path, *, caches: bool) -> Worker:
@@ -215,8 +216,13 @@ def placed(request: TrialRequest) -> TrialRequest:
     data, model = settings.dataset, settings.model
     if data.root is not None:
         data = data.model_copy(update={"root": str(Path(data.root).absolute())})
+    if data.test_on is not None and data.test_on.root is not None:
+        away = data.test_on.model_copy(update={"root": str(Path(data.test_on.root).absolute())})
+        data = data.model_copy(update={"test_on": away})
     if Path(model.backbone).is_dir():
         model = model.model_copy(update={"backbone": str(Path(model.backbone).absolute())})
+    weights = {name: str(Path(told).expanduser().absolute()) for name, told in model.weights.items()}
+    model = model.model_copy(update={"weights": weights})
     return replace(request, settings=settings.model_copy(update={"dataset": data, "model": model}))
 
 

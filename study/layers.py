@@ -100,17 +100,30 @@ def check_options(file: StudyFile, names: tuple[str, ...], choices: Choices, pro
         problems.add_lines(
             [f"--smoke: {file.path.name} has no `smoke` keys that say what its smallest run is; add them, or leave it"]
         )
+    others = _tested_on(file, names, choices)
     for name, folder in choices.data_roots.items():
-        if problem := _root_problem(name, names):
+        if problem := _root_problem(name, names, others):
             problems.add_lines([f"--data-root {f'{name}=' if name else ''}{folder}: {problem}"])
 
 
-def _root_problem(name: str, names: tuple[str, ...]) -> str:
+def _tested_on(file: StudyFile, names: tuple[str, ...], choices: Choices) -> tuple[str, ...]:
+    """The data sets that the study tests on besides."""
+    plain = replace(choices, data_roots={})
+    documents = [complete(file, name, plain, alone=len(names) == 1).document for name in names]
+    return tuple(str(other["name"]) for document in documents if "name" in (other := _test_on(document)))
+
+
+def _test_on(document: Mapping[str, Any]) -> Document:
+    return _mapping(_mapping(document, "dataset"), "test_on")
+
+
+def _root_problem(name: str, names: tuple[str, ...], others: tuple[str, ...]) -> str:
     of = name or (names[0] if len(names) == 1 else "")
     if not of:
         return f"the study has several data sets; say which: --data-root NAME=DIR with one of {', '.join(names)}"
-    if of not in names:
-        return f"the study has no data set {of!r}{near(of, names)}; it has {', '.join(names)}"
+    known = tuple(dict.fromkeys((*names, *others)))
+    if of not in known:
+        return f"the study has no data set {of!r}{near(of, known)}; it has {', '.join(known)}"
     if of in DATASETS and DATASETS[of].synthetic:
         return f"{of} is drawn, not read from a folder; name the data set with --dataset"
     return ""
@@ -188,6 +201,9 @@ def complete(file: StudyFile, dataset: str, choices: Choices, *, alone: bool) ->
     root = choices.data_roots.get(dataset, choices.data_roots.get("") if alone else None)
     if root is not None:
         layers.add({"dataset.root": root}, _option(f"--data-root {root}"))
+    other = str(_test_on(layers.document).get("name", dataset))
+    if other != dataset and (root := choices.data_roots.get(other)) is not None:
+        layers.add({"dataset.test_on.root": root}, _option(f"--data-root {other}={root}"))
     return layers
 
 

@@ -27,6 +27,7 @@ from study.chains import (
 )
 from study.spec import Execution, Study
 from trainables.costs import IMAGES
+from trainables.data.index import Index
 from trainables.requests import Compute
 from trainables.strategy import Phase
 
@@ -293,11 +294,18 @@ def _images_to_decode(chains: Sequence[Chain], storage: Path) -> int:
 
     seen: dict[tuple[str, int, str], int] = {}
     for chain in chains:
-        data, index = chain.cell.settings.dataset, chain.material.index
-        at = (index.digest(), data.image_size, data.fit)
-        if at not in seen:
-            seen[at] = images_to_decode(index, data.image_size, data.fit, storage / "images")
+        data = chain.cell.settings.dataset
+        for index in _looked_at(chain):
+            at = (index.digest(), data.image_size, data.fit)
+            if at not in seen:
+                seen[at] = images_to_decode(index, data.image_size, data.fit, storage / "images")
     return sum(seen.values())
+
+
+def _looked_at(chain: Chain) -> tuple[Index, ...]:
+    """The data sets whose images a cell needs."""
+    material = chain.material
+    return (material.index,) if material.away is None else (material.index, material.away)
 
 
 def _disk_bytes(
@@ -307,10 +315,9 @@ def _disk_bytes(
     from trainables.data.images import cache_bytes
 
     images = {
-        (c.material.index.digest(), c.cell.settings.dataset.image_size): cache_bytes(
-            c.material.index, c.cell.settings.dataset.image_size
-        )
+        (index.digest(), c.cell.settings.dataset.image_size): cache_bytes(index, c.cell.settings.dataset.image_size)
         for c in chains
+        for index in _looked_at(c)
     }
     states: dict[str, int] = {}
     weights = 0

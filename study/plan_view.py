@@ -16,7 +16,7 @@ def plan_table(plan: Plan, pending: int) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     study, units = plan.study, plan.units
-    synthetic = {c.material.index.dataset for c in plan.chains if c.material.index.synthetic}
+    synthetic = {c.cell.dataset for c in plan.chains if c.material.synthetic}
     names = ", ".join(f"{d} (synthetic)" if d in synthetic else d for d in study.datasets)
     table.add_row("data sets", names)
     parts = (_counted(study.rows, "row"), _counted(study.seeds, "seed"), _counted(study.datasets, "data set"))

@@ -12,12 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from study.chains import digest
 from study.documents import StudyError
 from study.plan import Plan
 from study.store import NO_ROOM, Store
 from trainables.data.images import Told
 from trainables.data.index import DataError
-from trainables.data.opened import Folders, open_data
+from trainables.data.opened import Folders, open_away, open_data, refuse_images_in_both
+from trainables.settings import DatasetSettings
 from trainables.tasks import TASKS
 
 PLAIN_SECONDS = 30.0  # without a terminal: between two lines on how far decoding has come
@@ -69,7 +71,7 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
     folders = Folders(store.phantoms, store.images, store.splits)
     for chain in plan.chains:
         settings = chain.cell.settings
-        at = settings.model_dump_json(include={"task", "dataset", "segmentation"})
+        at = settings.model_dump_json(include={"task", "dataset", "segmentation"}, exclude={"dataset": {"tested"}})
         if at not in opened:
             try:
                 with _told(settings.dataset.name, console, speak=bool(plan.images_to_decode)) as told:
@@ -80,14 +82,51 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
                 problems += str(error).split("\n")
                 opened[at] = ""
             except OSError as error:
-                where = error.filename or store.root
-                remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
-                problems.append(f"preparing {settings.dataset.name}: {where}: {error.strerror}; {remedy}")
+                problems.append(_unusable(settings.dataset.name, store, error))
                 opened[at] = ""
         contents[chain.cache_identity] = opened[at]
     if problems:
         raise StudyError(problems)
     return contents
+
+
+def prepare_away(plan: Plan, store: Store, console: Console) -> None:
+    """Draw, decode and check every data set that is tested on besides, once, beside the one that is trained on.
+
+    Raises:
+        StudyError: with everything that keeps one from being used: images that are missing, damaged, changed, or that
+            training looks at too.
+    """
+    settings = {
+        chain.cell.settings.dataset.model_dump_json(): chain.cell.settings.dataset
+        for chain in plan.chains
+        if chain.material.away is not None
+    }
+    problems: dict[str, None] = {}
+    for data in settings.values():
+        name = data.test_on.name if data.test_on is not None else data.name
+        try:
+            _open_beside(data, store, name, console, speak=bool(plan.images_to_decode))
+        except (DataError, StudyError) as error:
+            problems |= dict.fromkeys(str(error).split("\n"))
+        except OSError as error:
+            problems[_unusable(name, store, error)] = None
+    if problems:
+        raise StudyError(problems)
+
+
+def _open_beside(data: DatasetSettings, store: Store, name: str, console: Console, *, speak: bool) -> None:
+    folders, workers = Folders(store.phantoms, store.images, store.splits), os.cpu_count() or 1
+    with _told(name, console, speak=speak) as told:
+        away = open_away(data, folders, workers=workers, told=told)
+    refuse_images_in_both(open_data(data, folders, workers=workers), away)
+    identity = digest("away", away.index.digest(), data.image_size, data.fit)
+    store.check_contents(identity, away.images.contents_digest)
+
+
+def _unusable(name: str, store: Store, error: OSError) -> str:
+    remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
+    return f"preparing {name}: {error.filename or store.root}: {error.strerror}; {remedy}"
 
 
 @contextmanager

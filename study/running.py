@@ -18,9 +18,11 @@ from study.interrupts import Interrupted, StudyHaltedError, answered_signals
 from study.options import tracking_address
 
 if TYPE_CHECKING:
+    from study.chains import Chain
     from study.driver import Launched, RunOptions
     from study.plan import Plan
     from study.spec import Study
+    from trainables.data.index import Index
 
 FAILED = 1
 UI_PORT = 5000
@@ -134,9 +136,8 @@ def require_images(plan: Plan) -> None:
     from trainables.data.tables import root_of
 
     problems: dict[str, None] = {}
-    located = {(c.cell.settings.dataset.root, c.material.index.digest()): c for c in plan.chains}
-    for (root, _), chain in located.items():
-        index = chain.material.index
+    located = {(root, index.digest()): index for c in plan.chains for root, index in _places(c)}
+    for (root, _), index in located.items():
         if not index.synthetic:
             try:
                 locate(index, root_of(index.dataset, root))
@@ -144,6 +145,15 @@ def require_images(plan: Plan) -> None:
                 problems[str(error)] = None
     if problems:
         raise StudyError(problems)
+
+
+def _places(chain: Chain) -> list[tuple[str | None, Index]]:
+    """Folder and index of each data set that a cell looks at."""
+    data, material = chain.cell.settings.dataset, chain.material
+    home = (data.root, material.index)
+    if material.away is None or data.test_on is None:
+        return [home]
+    return [home, (data.test_on.root, material.away)]
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from study.layers import Choices, check_options, check_spare_layers, complete, d
 from study.problems import Places, Problems, near, text_keys
 from study.rows import LeaveOneOut, Name, RowDocument, RowDraft, RowsDocument, expand
 from study.search_settings import SearchSettings, check_search
-from trainables.settings import Frozen, Settings
+from trainables.baseline_files import own_size
+from trainables.model_files import BackboneError
+from trainables.settings import Frozen, Settings, TestOnSettings
 
 __all__ = ["Cell", "Choices", "Row", "Study", "StudyDocument", "find_study", "load_study", "shipped_studies"]
 
@@ -51,7 +53,9 @@ class Report(Frozen):
 
     compare: Literal["previous", "first", "none"] = Field("previous", description="reference row of the paired Δ")
     per_class: bool = False
-    published: str | None = Field(None, description="file of analysis/published to set beside ours")
+    published: str | tuple[str, ...] | None = Field(
+        None, description="file, or files, of analysis/published to set beside ours"
+    )
     notes: tuple[str, ...] = ()
 
 
@@ -196,7 +200,7 @@ def load_study(path: Path, choices: Choices | None = None) -> Study:
         problems.places = layers.places
         validated = problems.validate(StudyDocument, layers.document)
         if validated is not None:
-            documents[name] = validated
+            documents |= _looks(name, validated, problems)
         else:
             _check_rows_alone(layers.document, problems)
     if not choices.smoke:
@@ -204,6 +208,24 @@ def load_study(path: Path, choices: Choices | None = None) -> Study:
     problems.raise_if_any()
     _refuse_too_many_cells(documents, problems)
     return _assemble(documents, problems, choices.smoke)
+
+
+def _looks(name: str, document: StudyDocument, problems: Problems) -> dict[str, StudyDocument]:
+    """A data set as the study looks at it: once, or at home and elsewhere where models are tested on another too."""
+    data = document.dataset
+    if data.tested == "away":
+        problems.add(("dataset", "tested"), "the study sets it, which has cells of both; leave it out")
+    if data.test_on is None:
+        return {name: document}
+    away = document.model_copy(update={"dataset": data.model_copy(update={"tested": "away"})})
+    return {name: document, f"{name}→{_away_name(name, data.test_on)}": away}
+
+
+def _away_name(name: str, other: TestOnSettings) -> str:
+    """The other data set's name, with what it differs by where it is called as the first."""
+    if other.name != name:
+        return other.name
+    return f"hospital {other.hospital}" if other.root is None else f"{other.name} in {other.root}"
 
 
 def _refuse_too_many_cells(documents: dict[str, StudyDocument], problems: Problems) -> None:
@@ -284,7 +306,11 @@ def _check_rows_alone(completed: Document, problems: Problems) -> None:
 
 def _row_settings(baseline: Document, draft: RowDraft, problems: Problems) -> Settings | None:
     groups = tuple(Settings.model_fields)
-    fixed = [key for key in draft.changes if key in ("dataset.name", "dataset.root")]
+    fixed = [
+        key
+        for key in draft.changes
+        if key in ("dataset.name", "dataset.root", "dataset.tested") or key.startswith("dataset.test_on")
+    ]
     unknown = [key for key in draft.changes if key.split(".")[0] not in groups]
     for key in fixed:
         problems.add((*draft.at, key), "a row cannot change the data set: name several under `datasets`")
@@ -299,7 +325,22 @@ def _row_settings(baseline: Document, draft: RowDraft, problems: Problems) -> Se
         for key, message in error.found.items():
             problems.add((*draft.at, key), message)
         return None
-    return problems.validate(Settings, completed, draft.at, draft.inherited)
+    return _with_own_size(problems.validate(Settings, completed, draft.at, draft.inherited), draft, problems)
+
+
+def _with_own_size(settings: Settings | None, draft: RowDraft, problems: Problems) -> Settings | None:
+    """Images of the size that the row's encoder was pretrained with, where the row asks for them."""
+    if settings is None or not settings.model.own_size or settings.model.small:
+        return settings
+    try:
+        size = own_size(settings.model.backbone)
+    except BackboneError as error:
+        problems.add((*draft.at, "model.backbone"), str(error))
+        return None
+    if size is None:
+        return settings
+    dataset = settings.dataset.model_copy(update={"image_size": size})
+    return settings.model_copy(update={"dataset": dataset})
 
 
 def _check_rows_differ(

@@ -125,6 +125,14 @@ CASES = {
             "segmentation",
             {"dataset": {"image_size": 64}, "model": {"backbone": "tiny-sam2"}},
         ),
+        *(
+            Case(
+                f"classification by {encoder.removeprefix('timm:')}",
+                "classification",
+                {"dataset": {"image_size": 64}, "model": {"backbone": encoder, "small": True, "head_hidden": 16}},
+            )
+            for encoder in ("timm:resnet50", "timm:densenet121", "timm:inception_v3", "albef")
+        ),
     )
 }
 

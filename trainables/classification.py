@@ -12,16 +12,24 @@ from torch.nn import functional
 
 from trainables.backbone_files import Backbone
 from trainables.backbones import PooledViT, load_encoder, mlp_head
+from trainables.baseline_files import Baseline
 from trainables.costs import Costs, vit_costs
 from trainables.data.images import ImageCache
 from trainables.data.index import UNLABELLED, Index
 from trainables.metrics import class_aucs, macro, undefined
 from trainables.settings import Settings
-from trainables.task import Rows, Scores
+from trainables.task import Rows, Scores, StagedModel
 
 
-def classification_costs(backbone: Backbone, settings: Settings, classes: int) -> Costs:
-    """Units of the encoder's parts and of the head, from the config alone."""
+def classification_costs(backbone: Backbone | Baseline, settings: Settings, classes: int) -> Costs:
+    """Units of the encoder's parts and of the head, from the config or the table of architectures alone."""
+    if isinstance(backbone, Baseline):
+        return backbone.architecture.costs(
+            settings.dataset.image_size,
+            small=backbone.small,
+            head_hidden=settings.model.head_hidden,
+            classes=classes,
+        )
     return vit_costs(
         hidden=backbone.hidden,
         layers=backbone.layers,
@@ -38,7 +46,7 @@ class Classification:
 
     main_metric = "macro_auc"
 
-    def __init__(self, settings: Settings, index: Index, images: ImageCache, backbone: Backbone) -> None:
+    def __init__(self, settings: Settings, index: Index, images: ImageCache, backbone: Backbone | Baseline) -> None:
         self._settings = settings
         self._index = index
         self._images = images
@@ -51,9 +59,13 @@ class Classification:
         self._mean = torch.tensor(model.mean or backbone.mean).view(1, -1, 1, 1)
         self._std = torch.tensor(model.std or backbone.std).view(1, -1, 1, 1)
 
-    def build(self, seed: int) -> PooledViT:
+    def build(self, seed: int) -> StagedModel:
         """Pretrained encoder and a head drawn from the seed."""
-        head = mlp_head(self._backbone.hidden, len(self.classes), self._settings.model, seed)
+        head = mlp_head(self.costs.feature_values, len(self.classes), self._settings.model, seed)
+        if isinstance(self._backbone, Baseline):
+            from trainables.baseline_models import load_chain
+
+            return load_chain(self._backbone, self._settings.dataset.image_size).with_head(head)
         return PooledViT(load_encoder(self._backbone), head)
 
     def rows(self, split: str) -> Rows:

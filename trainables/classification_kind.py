@@ -1,11 +1,13 @@
-"""Classification as the plan sees it: a ViT's shape from its config.json, every class of the index."""
+"""Classification as the plan sees it: an encoder's shape from its config.json or a table, every class of the index."""
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from trainables.backbone_files import Backbone, find_backbone
+from trainables.baseline_files import Baseline, find_baseline, is_baseline
 from trainables.costs import vit_costs
 from trainables.data.index import Index
 from trainables.model_files import CONFIG, file_sha256
@@ -17,8 +19,45 @@ if TYPE_CHECKING:
     from trainables.data.opened import Data
 
 
-def vit_facts(settings: Settings, classes: Classes, download: bool) -> ModelFacts:
+def encoder_facts(settings: Settings, classes: Classes, download: bool) -> ModelFacts:
     """Facts of an encoder with the MLP head.
+
+    Raises:
+        BackboneError: the encoder cannot be found or read.
+        ModelError: images that are too small for it.
+    """
+    if is_baseline(settings.model.backbone):
+        return baseline_facts(settings, classes, download)
+    return vit_facts(settings, classes, download)
+
+
+def baseline_facts(settings: Settings, classes: Classes, download: bool) -> ModelFacts:
+    """Facts of one of timm's encoders, from the table of architectures.
+
+    Raises:
+        BackboneError: an architecture that is not known, or weights that cannot be used.
+        ModelError: images that are too small for it.
+    """
+    baseline = find_baseline(settings.model, download=download)
+    model, size = settings.model, settings.dataset.image_size
+    try:
+        costs = baseline.architecture.costs(
+            size, small=baseline.small, head_hidden=model.head_hidden, classes=len(classes)
+        )
+    except ValueError as error:
+        raise ModelError(f"dataset.image_size: {error}") from error
+    return ModelFacts(
+        name=f"{baseline.name} (small)" if baseline.small else baseline.name,
+        weights_digest=baseline.weights_digest(),
+        shape_digest=f"{baseline.architecture.name} small={baseline.small} timm {version('timm')}",
+        mean=baseline.mean,
+        std=baseline.std,
+        costs=costs,
+    )
+
+
+def vit_facts(settings: Settings, classes: Classes, download: bool) -> ModelFacts:
+    """Facts of a DINOv2-like encoder with the MLP head.
 
     Raises:
         BackboneError: the encoder cannot be found or read.
@@ -59,23 +98,36 @@ def _labels_alone(settings: Settings, index: Index) -> str:
     return ""  # the index's digest covers its labels
 
 
-def _no_notes(settings: Settings) -> tuple[str, ...]:
-    return ()
+def _notes(settings: Settings) -> tuple[str, ...]:
+    name = settings.model.backbone
+    if not (settings.model.small and is_baseline(name)):
+        return ()
+    return (
+        f"{name} is a narrow form of the architecture, its weights drawn from a fixed seed: no evidence about the "
+        "architecture.",
+    )
 
 
 def _open(settings: Settings, data: Data) -> Classification:
     from trainables.classification import Classification
 
-    backbone = find_backbone(settings.model.backbone, download=True)
-    return Classification(settings, data.index, data.images, backbone)
+    return Classification(settings, data.index, data.images, _encoder(settings))
+
+
+def _encoder(settings: Settings) -> Backbone | Baseline:
+    """The encoder's files, fetched if need be."""
+    if is_baseline(settings.model.backbone):
+        return find_baseline(settings.model, download=True)
+    return find_backbone(settings.model.backbone, download=True)
 
 
 CLASSIFICATION = TaskKind(
     main_metric="macro_auc",
     metric_label="macro AUC",
     classes=_every_class,
-    facts=vit_facts,
+    facts=encoder_facts,
     targets_digest=_labels_alone,
-    notes=_no_notes,
+    notes=_notes,
     open=_open,
+    libraries=("timm",),
 )

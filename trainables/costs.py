@@ -80,9 +80,9 @@ def vit_costs(
     block = (4 + 2 * mlp_ratio) * tokens * hidden**2 + 2 * tokens**2 * hidden
     head = hidden * head_hidden + head_hidden**2 + head_hidden * classes
     return Costs(
-        embedding=_units(patches * 3 * patch**2 * hidden),
-        blocks=(_units(block),) * layers,
-        head=_units(head),
+        embedding=units(patches * 3 * patch**2 * hidden),
+        blocks=(units(block),) * layers,
+        head=units(head),
         token_values=(tokens * hidden,) * (layers + 1),
         feature_values=hidden,
         block_parameters=(round((4 + 2 * mlp_ratio) * hidden**2),) * layers,
@@ -90,5 +90,6 @@ def vit_costs(
     )
 
 
-def _units(macs: float) -> int:
+def units(macs: float) -> int:
+    """Multiply-accumulates as units, one at the least."""
     return max(1, round(macs / 1000))

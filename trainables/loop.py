@@ -236,6 +236,16 @@ class Trajectory:
         return np.concatenate(kept)
 
     @contextmanager
+    def visiting(self, task: Task, activations: Activations) -> Iterator[None]:
+        """The same model on other images: predictions are of their rows until its own come back."""
+        own = self.task, self._activations
+        self.task, self._activations = task, activations
+        try:
+            yield
+        finally:
+            self.task, self._activations = own
+
+    @contextmanager
     def holding(self, overlay: dict[str, Tensor], epoch: int) -> Iterator[None]:
         """The model as it was after `epoch` epochs: the overlay's tensors, initial values elsewhere.
 

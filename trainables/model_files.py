@@ -74,11 +74,11 @@ def find_model(
             _require_weights(name, folder)
     if not config_file.is_file():
         raise BackboneError(f"backbone {name!r}: {config_file} does not exist; save the encoder with save_pretrained()")
-    config = _json(config_file)
+    config = read_json(config_file)
     kind = config.get("model_type")
     if kind not in architectures:
         raise BackboneError(f"backbone {name!r}: architecture {kind!r}; expected one of {', '.join(architectures)}")
-    processor = _json(preprocessor_file) if preprocessor_file and preprocessor_file.is_file() else {}
+    processor = read_json(preprocessor_file) if preprocessor_file and preprocessor_file.is_file() else {}
     return ModelFiles(folder, config_file, config, processor)
 
 
@@ -109,17 +109,22 @@ def _from_hub(name: str, download: bool, shipped: Iterable[str]) -> tuple[Path |
         found = "a file" if is_file else "no such folder"
         ours = ", ".join(shipped)
         raise BackboneError(f"backbone {name!r}: {found}; expected a folder, a hub id owner/name, or {ours}")
-    config = _hub_file(name, CONFIG, fetch=True)
+    config = hub_file(name, CONFIG, fetch=True)
     if config is None:
         raise BackboneError(f"backbone {name!r}: the hub has no {CONFIG} for it")
-    processor = _hub_file(name, PREPROCESSOR, fetch=download)
-    weights = _hub_file(name, WEIGHTS, fetch=download)
+    processor = hub_file(name, PREPROCESSOR, fetch=download)
+    weights = hub_file(name, WEIGHTS, fetch=download)
     if download and weights is None:
         raise BackboneError(f"backbone {name!r}: the hub has no {WEIGHTS} for it; give a folder with --backbone DIR")
     return (weights.parent if weights else None), config, processor
 
 
-def _hub_file(name: str, file: str, *, fetch: bool) -> Path | None:
+def hub_file(name: str, file: str, *, fetch: bool) -> Path | None:
+    """A file of a hub id in the local cache; None where the hub, or without `fetch` the cache, does not have it.
+
+    Raises:
+        BackboneError: it had to be fetched, and could not be.
+    """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
@@ -155,12 +160,17 @@ def _hub_fault(endpoint: str) -> Exception | None:
 
     try:
         get_session().head(endpoint, timeout=HUB_SECONDS)
-    except Exception as error:  # as in `_hub_file`
+    except Exception as error:  # as in `hub_file`
         return error
     return None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds.
+
+    Raises:
+        BackboneError: it cannot be read, or holds no object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -37,18 +37,20 @@ class Observer:
     Attributes:
         decay, tau: the averaged copy; decay None evaluates the raw weights.
         patience: epochs without improvement before it stops; None never stops.
+        away: where it tests, if not on the data set's own test split: name and digest of the other one.
     """
 
     decay: float | None
     tau: float
     patience: int | None
+    away: str = ""
 
     @classmethod
-    def of(cls, ema: EmaSettings, stopping: StoppingSettings) -> Observer:
+    def of(cls, ema: EmaSettings, stopping: StoppingSettings, away: str = "") -> Observer:
         """The observer that a row's settings describe."""
         if not ema.enabled:
-            return cls(None, 0.0, stopping.patience)
-        return cls(ema.decay, ema.tau, stopping.patience)
+            return cls(None, 0.0, stopping.patience, away)
+        return cls(ema.decay, ema.tau, stopping.patience, away)
 
     @property
     def copy(self) -> str:
@@ -58,7 +60,7 @@ class Observer:
     @property
     def name(self) -> str:
         """Unique name, also of its result."""
-        return f"{self.copy} patience {self.patience}"
+        return f"{self.copy} patience {self.patience}" + (f" on {self.away}" if self.away else "")
 
 
 @dataclass(frozen=True)

@@ -25,22 +25,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DatasetSettings(Frozen):
-    """Which images, which classes and which split."""
+class SourceSettings(Frozen):
+    """Which images, under which labels and in which split."""
 
     name: str = Field("phantom", description="data set by name: see `launch.py list`")
     root: str | None = Field(None, description="folder that holds the data set in its distributed layout")
-    image_size: int = Field(256, ge=16, le=2048, description="side of the square network input, px")
-    fit: Literal["crop", "squash", "letterbox"] = Field(
-        "crop",
-        description="crop: shorter side to image_size, centre crop; squash: both sides to image_size; letterbox: "
-        "longer side to image_size, the rest filled with grey",
-    )
     split: Literal["grouped", "official"] = Field(
         "grouped", description="grouped: our 80/10/10 over patients or lesions; official: the distributed lists"
     )
     split_seed: int = Field(2026, ge=0, lt=2**63, description="fixed for the data set, apart from the training seeds")
-    drop_classes: tuple[str, ...] = Field((), description="classes left out of training and tables, by name")
     images: int | None = Field(
         None,
         ge=40,
@@ -71,6 +64,40 @@ class DatasetSettings(Frozen):
     )
 
 
+class TestOnSettings(SourceSettings):
+    """Another data set, on whose test split the trained model is tested too, over the labels that both have."""
+
+    __test__ = False  # no test, whatever pytest makes of its name
+
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="our label → theirs, beside those that agree by name"
+    )
+
+
+class DatasetSettings(SourceSettings):
+    """The images that are trained and tested on, and how the network sees them."""
+
+    image_size: int = Field(256, ge=16, le=2048, description="side of the square network input, px")
+    fit: Literal["crop", "squash", "letterbox"] = Field(
+        "crop",
+        description="crop: shorter side to image_size, centre crop; squash: both sides to image_size; letterbox: "
+        "longer side to image_size, the rest filled with grey",
+    )
+    drop_classes: tuple[str, ...] = Field((), description="classes left out of training and tables, by name")
+    test_on: TestOnSettings | None = Field(
+        None, description="another data set to test on too; training then keeps to the labels that both have"
+    )
+    tested: Literal["home", "away"] = Field(
+        "home", description="set by the study, which has cells of both: tested on the own test split, or on test_on's"
+    )
+
+    @model_validator(mode="after")
+    def _away_is_somewhere(self) -> DatasetSettings:
+        if self.tested == "away" and self.test_on is None:
+            raise ValueError("dataset.tested is away: name the other data set by dataset.test_on.name")
+        return self
+
+
 # How a table is read: these act on results through the index alone, whose digest is part of every key.
 READING = frozenset(
     {
@@ -96,13 +123,30 @@ class ModelSettings(Frozen):
 
     backbone: str = Field(
         "tiny-phantom",
-        description="classification: `tiny-phantom` (shipped), a hub id such as microsoft/rad-dino, or a folder; "
+        description="classification: `tiny-phantom` (shipped), a hub id such as microsoft/rad-dino, a folder, "
+        "timm:resnet50, timm:densenet121, timm:inception_v3 (each with .TAG for other weights than torchvision's), "
+        "timm:deit_base_patch16_224 or albef; "
         "detection: yolov8n … yolov8x, rtdetr-l, rtdetr-x, or a model's YAML file; segmentation: tiny-sam2 "
         "(weights drawn from a fixed seed, untrained), a hub id such as facebook/sam2.1-hiera-tiny, or a folder",
     )
     head_hidden: int = Field(512, ge=1, le=100_000, description="classification: width of the head's two hidden layers")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.2, description="classification: dropout rate after each hidden layer"
+    )
+    weights: dict[str, str] = Field(
+        default_factory=dict,
+        description="classification: architecture (resnet50, albef, …) → file or folder of its weights; others come "
+        "from the hub",
+    )
+    small: bool = Field(
+        False,
+        description="classification: timm's architectures and albef in a narrow form, with weights drawn from a fixed "
+        "seed: for trying",
+    )
+    own_size: bool = Field(
+        False,
+        description="classification: timm's architectures and albef take images of the size that they were pretrained "
+        "with, whatever dataset.image_size says; not if small",
     )
     mean: tuple[Fraction, ...] | None = Field(None, description="pixel mean in [0, 1]; default: the backbone's own")
     std: tuple[Positive, ...] | None = Field(None, description="pixel std in [0, 1]; default: the backbone's own")
@@ -183,8 +227,10 @@ class StrategySettings(Frozen):
 
     head_epochs: int = Field(10, ge=1, le=10_000, description="E1: epochs of stage 1, encoder frozen")
     tune_epochs: int = Field(20, ge=1, le=10_000, description="E2: epochs of stage 2")
-    unfreezing: Literal["none", "progressive", "static"] = Field(
-        "progressive", description="none: the head alone trains in stage 2; static: K blocks from its first epoch"
+    unfreezing: Literal["none", "progressive", "static", "plain"] = Field(
+        "progressive",
+        description="none: the head alone trains in stage 2; static: K blocks from its first epoch; plain: K blocks "
+        "from the first epoch of all, under one schedule",
     )
     depth: Depth = Field(10, description="K: blocks unfrozen at most, from the top; all: embeddings and norm too")
     step: int = Field(2, ge=1, le=10_000, description="blocks added at a time")
@@ -224,6 +270,10 @@ class StoppingSettings(Frozen):
     patience: int | None = Field(7, ge=1, le=10_000, description="epochs without improvement; null: never stop early")
 
 
+def _default(group: type[BaseModel], name: str) -> object:
+    return group.model_fields[name].get_default(call_default_factory=True)
+
+
 class Settings(Frozen):
     """Everything one cell needs besides its seed."""
 
@@ -246,10 +296,16 @@ class Settings(Frozen):
             for (group, names), task in ONLY_IN_TASK.items()
             if task != self.task
             for name in names or type(getattr(self, group)).model_fields
-            if getattr(getattr(self, group), name) != type(getattr(self, group)).model_fields[name].default
+            if getattr(getattr(self, group), name) != _default(type(getattr(self, group)), name)
         ]
         if idle:
             raise ValueError("; ".join(idle))
+        return self
+
+    @model_validator(mode="after")
+    def _other_data_go_with_the_task(self) -> Settings:
+        if self.dataset.test_on is not None and self.task != "classification":
+            raise ValueError(f"dataset.test_on: the task {self.task} has no labels by name; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -265,7 +321,7 @@ class Settings(Frozen):
 
 # (group, names of its settings; none means all) → the one task that has them.
 ONLY_IN_TASK: dict[tuple[str, tuple[str, ...]], Task] = {
-    ("model", ("head_hidden", "dropout")): "classification",
+    ("model", ("head_hidden", "dropout", "weights", "small", "own_size")): "classification",
     ("detection", ()): "detection",
     ("segmentation", ()): "segmentation",
 }

@@ -22,7 +22,8 @@ class Phase:
     """What trains in one epoch.
 
     Attributes:
-        segment: 'head' (stage 1) or 'tune' (stage 2); the learning-rate schedule restarts with each.
+        segment: 'head' (stage 1) or 'tune' (stage 2); the learning-rate schedule restarts with each, but not in plain
+            fine-tuning.
         segment_start: first epoch of the segment.
         segment_epochs: length of the segment, which the schedule spans.
         unfrozen: k, the number of blocks that train, counted from the top.
@@ -49,11 +50,14 @@ def unfreeze_interval(strategy: StrategySettings) -> int:
 
 
 def unfrozen_blocks(strategy: StrategySettings, n_blocks: int, epoch: int) -> int:
-    """k(e) = min(K, step · (1 + ⌊(e − E1) / s⌋)) in stage 2, 0 before; K = 'all' counts as every block."""
-    if epoch < strategy.head_epochs or strategy.unfreezing == "none":
+    """k(e) = min(K, step · (1 + ⌊(e − E1) / s⌋)) in stage 2, 0 before; K = 'all' counts as every block.
+
+    Plain fine-tuning: K in every epoch.
+    """
+    if strategy.unfreezing == "none" or (epoch < strategy.head_epochs and strategy.unfreezing != "plain"):
         return 0
     depth = n_blocks if strategy.depth == "all" else strategy.depth
-    if strategy.unfreezing == "static":
+    if strategy.unfreezing in ("static", "plain"):
         return depth
     additions = 1 + (epoch - strategy.head_epochs) // unfreeze_interval(strategy)
     return min(depth, strategy.step * additions)
@@ -63,11 +67,24 @@ def phase(strategy: StrategySettings, n_blocks: int, epoch: int) -> Phase:
     """The phase of an epoch, 0 ≤ epoch < E1 + E2."""
     if not 0 <= epoch < total_epochs(strategy):
         raise ValueError(f"epoch {epoch} is outside 0 … {total_epochs(strategy) - 1}")
+    if strategy.unfreezing == "plain":
+        return _plain_phase(strategy, n_blocks, epoch)
     if epoch < strategy.head_epochs:
         return Phase("head", 0, strategy.head_epochs, unfrozen=0, base=False)
     k = unfrozen_blocks(strategy, n_blocks, epoch)
     base = strategy.unfreezing != "none" and strategy.depth == "all" and k == n_blocks
     return Phase("tune", strategy.head_epochs, strategy.tune_epochs, k, base)
+
+
+def _plain_phase(strategy: StrategySettings, n_blocks: int, epoch: int) -> Phase:
+    """Plain fine-tuning: K blocks from the first epoch on, one schedule over all epochs.
+
+    Epochs are counted as in every row: class weights, averages and the choice of an epoch begin with stage 2.
+    """
+    segment: Segment = "head" if epoch < strategy.head_epochs else "tune"
+    return Phase(
+        segment, 0, total_epochs(strategy), unfrozen_blocks(strategy, n_blocks, epoch), strategy.depth == "all"
+    )
 
 
 def schedule_factor(kind: Literal["cosine", "linear"], step: int, steps: int) -> float:

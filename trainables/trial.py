@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +21,12 @@ from torch import Tensor
 from trainables import device
 from trainables.activations import Activations
 from trainables.loop import DivergedError, State, Trajectory
-from trainables.requests import Observer, TrialRequest, Watch
+from trainables.requests import CacheRequest, Observer, TrialRequest, Watch
 from trainables.results import CellResult, EpochRecord, TrainingError
 from trainables.stopping import Followed, follow
 from trainables.task import Task, weights_sha256
+
+AwayTask = tuple[Task, str]  # the same task on other images, and the digest of their contents
 
 
 @dataclass
@@ -69,12 +72,25 @@ class Stash(Protocol):
 class Trial:
     """Runs a `TrialRequest` epoch by epoch."""
 
-    def __init__(self, request: TrialRequest, task: Task, stash: Stash, provenance: dict[str, str]) -> None:
-        """Build the trajectory and take it to the deepest state there is."""
+    def __init__(
+        self,
+        request: TrialRequest,
+        task: Task,
+        stash: Stash,
+        provenance: dict[str, str],
+        away: Callable[[], AwayTask] | None = None,
+    ) -> None:
+        """Build the trajectory and take it to the deepest state there is.
+
+        Args:
+            away: opens the data set that observers test on elsewhere; needed where one does.
+        """
         self.request = request
+        self._open_away = away
+        self._away: AwayTask | None = None
         self._task = task
         self._stash = stash
-        where = device.start(request.compute)
+        self._device = where = device.start(request.compute)
         self._provenance = provenance | {"hardware": device.hardware(request.compute), "torch": torch.__version__}
         folder = stash.cache_folder() if request.cache.positions else None
         batch_size = request.settings.optimiser.batch_size
@@ -237,12 +253,18 @@ class Trial:
         stopped = followed.stopped is not None
         last_epoch = self._head_epochs + followed.stopped + 1 if followed.stopped is not None else len(self._history)
         weights = self._best[observer.copy, best_epoch]
-        rows = self._task.rows("test")
         counted = self._trajectory.counted.evaluation
-        with self._trajectory.holding(weights, best_epoch):
+        task, provenance = self._task, self._provenance
+        with ExitStack() as there:
+            if observer.away:
+                task, contents = self._away_task()
+                provenance = provenance | {"away_contents_digest": contents}
+                there.enter_context(self._trajectory.visiting(task, self._uncached(task, contents)))
+            rows = task.rows("test")
+            there.enter_context(self._trajectory.holding(weights, best_epoch))
             predictions = self._trajectory.predict(rows)
             digest = weights_sha256(self._trajectory.model)
-        scores = self._task.score(predictions, rows)
+        scores = task.score(predictions, rows)
         chosen = self._history[best_epoch - 1].metrics
         prefix = f"val/{observer.copy}/"
         metrics = {f"test/{name}": value for name, value in scores.metrics.items()}
@@ -259,9 +281,21 @@ class Trial:
             trajectory_sha256=self._history[last_epoch - 1].trajectory_sha256,
             evaluation_units=self._trajectory.counted.evaluation - counted,
             history=self._history[:last_epoch],
-            provenance=self._provenance,
+            provenance=provenance,
         )
-        return result, _npz(self._task.describe(predictions, rows)), weights
+        return result, _npz(task.describe(predictions, rows)), weights
+
+    def _away_task(self) -> AwayTask:
+        if self._away is None:
+            assert self._open_away is not None, "an observer tests elsewhere, and nothing was given that opens it"
+            self._away = self._open_away()
+        return self._away
+
+    def _uncached(self, task: Task, contents: str) -> Activations:
+        """Frozen prefixes of images that are read once: computed as everywhere, kept nowhere."""
+        request = self.request
+        never, batch_size = CacheRequest(request.cache.identity, ()), request.settings.optimiser.batch_size
+        return Activations(task, request.compute, self._device, never, None, contents, batch_size)
 
     def _planned_epochs(self) -> int:
         strategy = self.request.settings.strategy

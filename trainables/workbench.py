@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainables.data.opened import Data, Folders, open_data
+from trainables.data.opened import Data, Folders, open_away, open_data
 from trainables.settings import DatasetSettings, Settings
 from trainables.task import Task
 from trainables.tasks import TASKS
@@ -14,6 +14,7 @@ class Workbench:
     def __init__(self, folders: Folders) -> None:
         self._folders = folders
         self._data: tuple[str, Data] | None = None
+        self._away: tuple[str, Data] | None = None
 
     def data(self, settings: DatasetSettings) -> Data:
         """The data set of these settings."""
@@ -28,3 +29,12 @@ class Workbench:
         kind = TASKS[settings.task]
         provenance = {"contents_digest": kind.contents(settings, data), "index_digest": data.index.digest()}
         return kind.open(settings, data), provenance
+
+    def away(self, settings: Settings) -> tuple[Task, str]:
+        """The task on the test images of `dataset.test_on`, and the digest of their contents."""
+        at = settings.dataset.model_dump_json()
+        if self._away is None or self._away[0] != at:
+            self._away = (at, open_away(settings.dataset, self._folders))
+        data = self._away[1]
+        kind = TASKS[settings.task]
+        return kind.open(settings, data), kind.contents(settings, data)

@@ -96,3 +96,30 @@ def test_an_unknown_table_names_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "ablation.csv").write_text("row,unfreezing,class_weights,ema,macro_auc\nHead,0,0,0,good\n")
     with pytest.raises(PublishedError, match=r"ablation\.csv: .*'good'; expected a number or N/A"):
         load("ablation", tmp_path)
+
+
+def test_cited_models_and_ours_find_the_rows_that_stand_for_them() -> None:
+    rows = ("InceptionV3", "ResNet50", "ResNet50 + SPFT", "DenseNet121", "ALBEF (only images)", "SPFT")
+    beside = set_beside(build_table(simulate(Simulated(rows=rows, published="ham10000_baselines.csv"))))
+    assert beside is not None
+    assert [line.row for line in beside.lines] == [
+        "InceptionV3",
+        "ResNet50",
+        "DenseNet121",
+        "ALBEF (only images)",
+        "SPFT",
+    ]
+
+
+def test_several_published_tables_stand_one_after_another() -> None:
+    files = ("chexpert_comparison.csv", "chexpert_validation.csv")
+    simulated = simulate(Simulated(rows=("SPFT",)))
+    table = build_table(simulated)
+    both = set_beside(replace(table, header=table.header.model_copy(update={"published": files})))
+    assert both is not None
+    assert both.source.place == "Table 8 and Table 9"
+    labels = [line.label for line in both.lines]
+    assert labels.index("CheXzero (Tiu et al. 2022)") < labels.index("Pleural Other")
+    assert {line.row for line in both.lines if line.label in ("Ours (SPFT)", "Edema")} == {"SPFT"}
+    assert len(both.remarks) == len(set(both.remarks))
+    assert sum("13 defined rows is 0.8343" in text for text in both.inconsistencies) >= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.benchmarks.against_plain_ray import against_plain_ray
 from tests.benchmarks.against_plain_search import against_plain_search
+from tests.benchmarks.image_pipeline import image_pipeline
 from tests.benchmarks.ledger_writing import ledger_writing
 from tests.benchmarks.light_commands import light_commands, wide_plan
 from tests.benchmarks.loop_overhead import averaging_overhead, loop_overhead
@@ -18,6 +19,7 @@ MEASUREMENTS = {
     "wide-plan": Measurement("--plan of 10,000 cells", wide_plan, 5, 0.5),
     "ledger": Measurement("metrics into the ledger", ledger_writing, 5, 1),
     "report": Measurement("the report of 1,000 cells", report_writing, 5, 4),
+    "images": Measurement("decoding once, reading from the cache, waiting", image_pipeline, 5, 3),
     "loop": Measurement("one cell against a plain PyTorch loop", loop_overhead, 5, 8),
     "averages": Measurement("five averaged copies against none", averaging_overhead, 5, 8),
     "sharing": Measurement("gain of sharing, one seed, half-length stages", sharing, 5, 15),

@@ -121,6 +121,17 @@ def test_no_two_rows_of_the_wide_study_share_a_stage() -> None:
     assert 20 < measured.figures["most memory"].value < 1000
 
 
+def test_images_are_decoded_read_and_waited_for() -> None:
+    told = figures("images")
+    assert {name for name, figure in told.items() if figure.met is not None} == {
+        "over decoding 1024 px PNGs",
+        "building, over a plain pass of Pillow",
+        "waiting in an epoch of head training",
+    }
+    assert 0 < told["waiting in an epoch of head training"].value < 1
+    assert told["over decoding 1024 px PNGs"].value > 1
+
+
 @pytest.mark.slow
 def test_metrics_in_the_ledger_are_counted_and_timed() -> None:
     measured = MEASUREMENTS["ledger"].run(SMALLEST)

@@ -25,11 +25,12 @@ EPOCHS = 3  # of the head, then k = 2 and 4 blocks
 EMA = {"ema": (0.9, 2.0)}
 
 
-SLOW = "detection by RT-DETR"  # its rules are those of YOLO's; its decoder takes its time
+# Their rules are those of YOLO, and of ResNet50, which stands for the encoders with batch norms.
+SLOW = ("detection by RT-DETR", "classification by densenet121", "classification by inception_v3")
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [*([pytest.mark.slow] if name == SLOW else []), *([needs_detection] if "detection" in name else [])]
+    return [*([pytest.mark.slow] if name in SLOW else []), *([needs_detection] if "detection" in name else [])]
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=marks(name)) for name in CASES])

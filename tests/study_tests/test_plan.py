@@ -259,6 +259,7 @@ def observer(given: dict[str, Any] | None = None, **to: Any) -> Change:
 WEIGHTED = {"weighting.enabled": True}
 AVERAGED = {"ema.enabled": True}
 PIXELS = {"model.mean": [0.5], "model.std": [0.2]}
+BASELINE = {"model.backbone": "timm:resnet50"}  # its weights are not downloaded by a plan
 DETECTION = {
     "task": "detection",
     "dataset.fit": "letterbox",
@@ -276,6 +277,8 @@ CHANGES: dict[str, Change] = {
     "dataset.hospital": trajectory(dataset__hospital=1),
     "model.head_hidden": trajectory(model__head_hidden=64),
     "model.dropout": trajectory(model__dropout=0.1),
+    "model.small": trajectory(given=BASELINE, model__small=True),
+    "model.own_size": trajectory(given=BASELINE, model__own_size=True),
     "model.mean": trajectory(given=PIXELS, model__mean=[0.4]),
     "model.std": trajectory(given=PIXELS, model__std=[0.3]),
     "optimiser.batch_size": trajectory(optimiser__batch_size=16),
@@ -328,8 +331,11 @@ CHANGES |= {
 }
 # Proven in tests of their own below, since they need files or another machine.
 ELSEWHERE = {"dataset.root", "dataset.split", "model.backbone", "optimiser.precision"}
+FILES = {"model.weights": {"resnet50": "a file"}}
 ELSEWHERE |= {f"dataset.{name}" for name in READING}  # of data sets with tables: in test_dataset_keys.py
 ELSEWHERE |= {"detection.weights", "detection.boxes"}  # test_detectors.py
+ELSEWHERE |= {"dataset.test_on", "dataset.tested"}  # test_cross_dataset.py
+ELSEWHERE |= {"model.weights"}  # test_baseline_studies.py
 
 
 def fields() -> set[str]:
@@ -355,7 +361,7 @@ def test_the_task_changes_every_key_and_settings_of_other_tasks_are_refused(tmp_
                 continue
             for name in names or type(getattr(Settings(), group)).model_fields:
                 key = f"{group}.{name}"
-                to = {key: "a file"} if key in ELSEWHERE else CHANGES[key].to
+                to = {key: FILES.get(key, "a file")} if key in ELSEWHERE else CHANGES[key].to
                 with pytest.raises(StudyError, match=f"{group}.{name} acts in the task {owner} alone"):
                     loaded(tmp_path, document(seeds=[0]), Choices({"task": task} | to))
 

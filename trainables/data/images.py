@@ -39,11 +39,13 @@ class ImageCache:
         pixels: (N, S, S, C) uint8, read-only, in the index's order; C = 1 grey or 3 RGB.
         contents_digest: sha256 over the sha256 of each image's pixels, in the index's order.
         decoded: how many images this opening decoded.
+        hashes: (N, 32) sha256 of each image's pixels.
     """
 
     pixels: npt.NDArray[np.uint8]
     contents_digest: str
     decoded: int
+    hashes: Hashes
 
     @classmethod
     def open(
@@ -203,4 +205,4 @@ def _reason(error: Exception) -> str:
 
 
 def _opened(stored: Stored, decoded: int) -> ImageCache:
-    return ImageCache(stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded)
+    return ImageCache(stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded, stored.stated)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainables.data.images import ImageCache, Told
-from trainables.data.index import Index
-from trainables.data.registry import load_index, prepare
+from trainables.data.index import DataError, Index
+from trainables.data.registry import away_settings, load_away, load_index, prepare
 from trainables.settings import DatasetSettings
 
 
@@ -41,7 +41,34 @@ def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1, 
     Raises:
         DataError: anything about the data set that keeps it from being used.
     """
-    index = load_index(settings, folders.splits)
+    return _opened(load_index(settings, folders.splits), settings, folders, workers, told)
+
+
+def open_away(settings: DatasetSettings, folders: Folders, *, workers: int = 1, told: Told | None = None) -> Data:
+    """The test images of `settings.test_on`, which must be set, as the network sees them.
+
+    Raises:
+        DataError: anything about that data set that keeps it from being used.
+    """
+    return _opened(load_away(settings, folders.splits), away_settings(settings), folders, workers, told)
+
+
+def refuse_images_in_both(home: Data, away: Data) -> None:
+    """Images that are tested elsewhere must not be those that were trained or chosen by.
+
+    Raises:
+        DataError: some are, pixel for pixel; how many, and the first one.
+    """
+    seen = {home.images.hashes[row].tobytes() for split in ("train", "val") for row in home.index.rows(split)}
+    both = [name for name, told in zip(away.index.names, away.images.hashes, strict=True) if told.tobytes() in seen]
+    if both:
+        raise DataError(
+            f"dataset.test_on: {len(both)} of {len(away.index)} test images of {away.index.dataset} are images that "
+            f"training on {home.index.dataset} looks at, first {both[0]}; test on other patients"
+        )
+
+
+def _opened(index: Index, settings: DatasetSettings, folders: Folders, workers: int, told: Told | None) -> Data:
     root = prepare(settings, index, folders.phantoms)
     images = ImageCache.open(
         index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers, told=told

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from trainables.data.boxes import Boxes
 from trainables.data.files import find_files, locate_files
 from trainables.data.index import SPLITS, DataError, Index
 from trainables.data.masks import Masks
+from trainables.data.shared_labels import index_rows, restricted, shared_labels
 from trainables.data.split_file import keep_split, split_file
 from trainables.data.splits import Leak, find_leaks, refuse_leaks, sample_groups, split_groups
 from trainables.data.tables import root_of
@@ -70,13 +72,88 @@ def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> 
         DataError: unknown data set or class, unusable table, a kept split that does not fit the table, a group in two
             splits, or a class that cannot be learnt or measured in some split.
     """
-    table = read_table(settings).usable()
-    index = split_table(table, settings, splits_folder)
-    refuse_leaks(leaks_of(table, index), index.group_kind)
-    problem = unmeasurable(index, given_test=table.official is not None)
+    index, given_test = _split_index(settings, splits_folder)
+    if settings.test_on is not None:
+        shared = _shared(index, settings)
+        share = f"{len(shared)} of its {len(index.classes)} labels, which {settings.test_on.name} has too"
+        note = f"Trained on {share}: {', '.join(shared)}."
+        index = restricted(index, {name: name for name in shared})
+        index = replace(index, notes=(*index.notes, note))
+    problem = unmeasurable(index, given_test=given_test)
     if problem is not None:
         raise DataError(problem)
     return index
+
+
+def load_away(settings: DatasetSettings, splits_folder: Path | None = None) -> Index:
+    """The test split of `settings.test_on`, under the labels that `load_index` trains on, in its order.
+
+    Its training and validation images are left out: nobody looks at them.
+
+    Raises:
+        DataError: as `load_index`; the two are one data set; or a test split that cannot be measured.
+    """
+    assert settings.test_on is not None, "asked for where the settings name another data set"
+    away = away_settings(settings)
+    _refuse_one_data_set(settings, away)
+    home, _ = _split_index(settings, splits_folder)
+    try:
+        index, given_test = _split_index(away, splits_folder)
+    except DataError as error:  # it speaks of the data set's own settings, which stand elsewhere here
+        raise DataError(str(error).replace("dataset.", "dataset.test_on.")) from error
+    shared = _shared(home, settings)
+    index = restricted(index, {theirs: ours for ours, theirs in shared.items()})
+    index = index_rows(index, index.rows("test"))
+    absent = _undefined_in_test(index)
+    if len(absent) == len(index.classes) or (absent and not given_test):
+        raise DataError(
+            f"dataset.test_on: the test split of {away.name}, {len(index)} images, cannot measure {', '.join(absent)}: "
+            "take more images (dataset.test_on.images), or leave the classes out with dataset.drop_classes"
+        )
+    return index
+
+
+def away_settings(settings: DatasetSettings) -> DatasetSettings:
+    """The other data set, as the network sees images."""
+    assert settings.test_on is not None, "asked for where the settings name another data set"
+    source = settings.test_on.model_dump(exclude={"labels"})
+    return DatasetSettings(**source, image_size=settings.image_size, fit=settings.fit)
+
+
+def _refuse_one_data_set(home: DatasetSettings, away: DatasetSettings) -> None:
+    if home.name != away.name:
+        return
+    synthetic = _adapter(home.name).info.synthetic
+    if home.hospital != away.hospital if synthetic else root_of(home.name, home.root) != root_of(away.name, away.root):
+        return
+    remedy = "give another dataset.test_on.hospital" if synthetic else "give another dataset.test_on.root"
+    raise DataError(
+        f"dataset.test_on: it is {home.name} itself, on which training looks at the same patients; {remedy}"
+    )
+
+
+def _shared(home: Index, settings: DatasetSettings) -> dict[str, str]:
+    """Our label → theirs."""
+    assert settings.test_on is not None, "asked for where the settings name another data set"
+    theirs = _class_names(away_settings(settings).model_dump_json())
+    names = (settings.name, settings.test_on.name)
+    return shared_labels(home.classes, theirs, settings.test_on.labels, names=names)
+
+
+@cache
+def _class_names(dataset_json: str) -> tuple[str, ...]:
+    """Classes of a data set, as its table says."""
+    settings = DatasetSettings.model_validate_json(dataset_json)
+    table = read_table(settings)
+    return (table.info or _adapter(settings.name).info).classes
+
+
+def _split_index(settings: DatasetSettings, splits_folder: Path | None) -> tuple[Index, bool]:
+    """The index with all its classes, and whether others gave its test split."""
+    table = read_table(settings).usable()
+    index = split_table(table, settings, splits_folder)
+    refuse_leaks(leaks_of(table, index), index.group_kind)
+    return index, table.official is not None
 
 
 def read_table(settings: DatasetSettings) -> Table:
