@@ -30,7 +30,7 @@ class SearchSettings(Frozen):
     sampler: Sampler = Field("tpe", description="of Optuna; cmaes needs the package of that name")
     startup: int = Field(6, ge=0, le=10_000, description="trajectories drawn at random before the sampler learns")
     pruner: Pruner = Field("asha", description="of Optuna; none trains every trial to its end")
-    rungs: int = Field(2, ge=1, le=10, description="points in stage 2 at which a trajectory can be pruned")
+    rungs: int = Field(1, ge=1, le=10, description="points in stage 2 at which a trajectory can be pruned")
     reduction: int = Field(
         2, ge=2, le=100, description="of stage 2 between two rungs; asha keeps the best 1 in so many"
     )
