@@ -200,7 +200,7 @@ def test_halving_keeps_the_better_half_and_an_undefined_value_goes(tmp_path: Pat
 
 @pytest.mark.parametrize("pruner", ["asha", "hyperband", "median"])
 def test_every_pruner_lets_the_best_go_on_and_ends_the_worst(tmp_path: Path, pruner: str) -> None:
-    trials = opened(tmp_path, pruner=pruner, trials=60, startup=1)
+    trials = opened(tmp_path, pruner=pruner, rungs=2, trials=60, startup=1)
     verdicts = {}
     for i in range(19):
         new = trials.propose()

@@ -92,7 +92,7 @@ def test_a_declaration_changes_with_all_that_a_value_depends_on_and_with_nothing
     for same in ({"trials": 7}, {"seed": 3}, {"sampler": "random"}, {"startup": 1}, {"confirm": 0}):
         assert made(tmp_path, **same).declaration(tmp_path) == before
     for other in (
-        {"trial_seed": 5}, {"pruner": "median"}, {"rungs": 1}, {"objectives": ["units"]},
+        {"trial_seed": 5}, {"pruner": "median"}, {"rungs": 2}, {"objectives": ["units"]},
         {"parameters": {**PARAMETERS, "strategy.depth": {"choices": [2, 4]}}},
         {"rows": [{"name": "Default", "set": {"strategy.step": 1}}]},
     ):  # fmt: skip
