@@ -91,6 +91,7 @@ class StudyHeader(_Frozen):
     parts: tuple[str, ...] = ()  # columns of marks
     comparisons: tuple[tuple[str, str], ...] = ()  # (row, reference row): paired by seed
     per_class: bool = False
+    search: bool = False  # rows are trials of a search, which no table compares
     classes: dict[str, tuple[str, ...]]  # data set → classes
     dropped: dict[str, tuple[str, ...]]  # data set → dropped classes
     synthetic: tuple[str, ...] = ()  # data sets that are drawn, not taken

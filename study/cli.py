@@ -9,13 +9,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+from study import search_cli
 from study.documents import StudyError, apply
 from study.interrupts import StudyHaltedError
 from study.options import (
@@ -33,6 +34,9 @@ from study.options import (
     tracking_address,
 )
 from study.running import FAILED, UI_PORT, Launch, print_plan, report_at, run_study
+
+if TYPE_CHECKING:
+    from analysis.schema import StudyHeader
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -128,10 +132,21 @@ def run(
         return
     declared = load_study(find_study(study), choices)
     launch = Launch(folder, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
+    if declared.search is not None:
+        from study.searching import SearchLaunch, print_search_plan, run_search
+
+        if plan:
+            print_search_plan(declared, SearchLaunch(launch))
+            return
+        raise typer.Exit(run_search(declared, SearchLaunch(launch)))
     if plan:
         print_plan(declared, launch)
         return
     raise typer.Exit(run_study(declared, launch))
+
+
+app.command(short_help="Search with Optuna, then confirm the best over several seeds.")(search_cli.search)
+app.command("ablate-best", short_help="Leave-one-out around the best trial of a search.")(search_cli.ablate_best)
 
 
 @app.command("list")
@@ -239,6 +254,7 @@ def report(
     from study.pictures import kept_images
 
     records = load(at.address, at.study)
+    _refuse_search(records.header)
     with report_at(at.report, f"python study/launch.py report {at.study} --storage {at.folder}") as place:
         paths = write_report(records, place, kept_images(at.folder, at.study))
     console = Console()
@@ -263,7 +279,9 @@ def verify(
     from analysis.records import load
     from analysis.report import verify as drifts_of
 
-    drifts = drifts_of(load(at.address, at.study), at.report)
+    records = load(at.address, at.study)
+    _refuse_search(records.header)
+    drifts = drifts_of(records, at.report)
     for drift in drifts:
         print(drift)
     if drifts:
@@ -342,6 +360,17 @@ class LedgerPlace(NamedTuple):
     def report(self) -> Path:
         """Folder of tables and report."""
         return self.folder / self.study / "report"
+
+
+def _refuse_search(header: StudyHeader) -> None:
+    """Trials are compared by no table; what confirms them is a study of its own."""
+    if header.search:
+        raise StudyError(
+            [
+                f"{header.study}: a search; its report is written by `launch.py search`, and its winners' tables are "
+                f"those of {header.study}-confirm"
+            ]
+        )
 
 
 def _ledger_of(study: str, storage: str | None, tracking_uri: str | None, smoke: bool) -> LedgerPlace:

@@ -276,7 +276,7 @@ def apply(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> Document
 
 
 # Values that are mappings themselves: a row or profile replaces them whole.
-_MAPPING_VALUES = frozenset({"weighting.boosts", "rows"})
+_MAPPING_VALUES = frozenset({"weighting.boosts", "rows", "search.parameters", "search.parts"})
 
 
 def flatten(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from analysis.schema import StudyHeader
+from analysis.schema import StudyHeader, Units
 from analysis.tracking import LedgerError
 from study.chains import Chain, the_task
 from study.claim import claimed
@@ -32,7 +32,7 @@ from study.documents import StudyError
 from study.executors import Executor, LocalExecutor
 from study.interrupts import Halt, StudyHaltedError, answered_signals
 from study.ledger import Ledger
-from study.ledger_entries import CellOutcome, Epoch
+from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
 from study.plan import Cache, Plan
 from study.preparing import prepare_away, prepare_data, require_disk
@@ -68,8 +68,13 @@ class Launched(NamedTuple):
     ui_path: str
 
 
-def run_plan(plan: Plan, options: RunOptions, console: Console) -> Launched:
+def run_plan(
+    plan: Plan, options: RunOptions, console: Console, begin: Callable[..., Session] | None = None
+) -> Launched:
     """Run what is missing and bring the ledger up to date.
+
+    Args:
+        begin: makes the session, with the arguments of `Session`; for studies that grow.
 
     Raises:
         StudyError: the data, storage or cluster cannot be used, or another driver runs the study; nothing was trained.
@@ -81,14 +86,16 @@ def run_plan(plan: Plan, options: RunOptions, console: Console) -> Launched:
     halt = Halt()
     with claimed(store.locks, plan.study.name, options.command), answered_signals():
         try:
-            return _run(plan, options, store, console, halt)
+            return _run(plan, options, store, console, halt, begin or Session)
         except KeyboardInterrupt:
             if halt.reason is None:
                 raise
             raise _halted(halt.reason, store) or StudyHaltedError(str(halt.reason)) from halt.reason
 
 
-def _run(plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt) -> Launched:
+def _run(
+    plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt, begin: Callable[..., Session]
+) -> Launched:
     store.sweep()
     # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
     named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
@@ -99,7 +106,7 @@ def _run(plan: Plan, options: RunOptions, store: Store, console: Console, halt: 
     prepare_away(plan, store, console)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
     say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    session = Session(plan, store, ledger, contents, options.command, say=say, halt=halt)
+    session = begin(plan, store, ledger, contents, options.command, say=say, halt=halt)
     session.open()
     try:
         schedule = session.schedule()
@@ -167,12 +174,8 @@ class Session:
 
     def open(self) -> None:
         """Declare rows and cells, and write what earlier launches finished."""
-        rows = row_headers(self._plan)
-        cells = cell_headers(self._plan, rows)
-        header = study_header(
-            self._plan, counted_units(self._plan, [], {}).model_copy(update={"executed": None}), self._provenance
-        )
-        self._ledger.open(header, list(rows.values()), cells)
+        rows, cells = self._declared()
+        self._ledger.open(self._header(self._planned_units()), rows, cells)
         for chain in self._plan.chains:
             self._take_result(chain)
 
@@ -242,7 +245,7 @@ class Session:
             chain, result = self._results[key]
             self._ledger.finish(key, finished_outcome(chain, result, self._store, earlier))
         units = counted_units(self._plan, results, self._cache_units(results))
-        header = study_header(self._plan, units, self._provenance)
+        header = self._header(units)
         self._ledger.close(header)
         return header, len(results) == len(self._plan.chains)
 
@@ -251,6 +254,22 @@ class Session:
         self._ledger.abandon()
 
     # -- small parts --------------------------------------------------------------------------------------------------
+
+    def _declared(self) -> tuple[list[RowHeader], list[CellHeader]]:
+        """The rows and cells of the plan as the ledger shall have them."""
+        rows = row_headers(self._plan)
+        return list(rows.values()), cell_headers(self._plan, rows)
+
+    def _header(self, units: Units) -> StudyHeader:
+        return study_header(self._plan, units, self._provenance)
+
+    def _planned_units(self) -> Units:
+        """Before anything is counted."""
+        return counted_units(self._plan, [], {}).model_copy(update={"executed": None})
+
+    def _outcome(self, chain: Chain, result: CellResult) -> CellOutcome:
+        """What the ledger is told of a cell that has a result."""
+        return finished_outcome(chain, result, self._store, None)
 
     def _has_result(self, chain: Chain) -> bool:
         return chain.key in self._results or self._store.has_result(chain.leaf, chain.observer.name)
@@ -263,7 +282,7 @@ class Session:
         self._results[chain.key] = (chain, result)
 
         def told() -> tuple[Sequence[Epoch], CellOutcome]:
-            return epochs_of(chain, result.history), finished_outcome(chain, result, self._store, None)
+            return epochs_of(chain, result.history), self._outcome(chain, result)
 
         self._ledger.record(chain.key, told)
         return True

@@ -167,6 +167,26 @@ class Ledger:
             self._write_tags(key, {schema.TAG_CURRENT: "false"})
         self._complete = {cell.key for cell in cells if self.status_of(cell.key) in ("FINISHED", "PRUNED")}
 
+    def extend(self, header: StudyHeader, cells: Sequence[CellHeader]) -> None:
+        """Declare further cells of rows that are declared: for a study that grows while it runs.
+
+        Raises:
+            LedgerError: as `open`.
+        """
+        new = [cell for cell in cells if cell.key not in self._cells]
+        check_declaration(header, [*self._rows.values()], [*self._cells.values(), *new])
+        self._cells |= {cell.key: cell for cell in new}
+        self._write_header(header)
+        for cell in new:
+            if cell.key in self._records:
+                self._describe_cell(cell, _now_ms())
+                if self.status_of(cell.key) in ("FINISHED", "PRUNED"):
+                    self._complete.add(cell.key)
+
+    def attach(self, key: str, file: Path, folder: str) -> None:
+        """Keep a file as an artifact of a row or cell, in place of one of its name."""
+        self._persist(f"writing {file.name}", self._client.log_artifact, self.run_id(key), str(file), folder)
+
     def close(self, header: StudyHeader) -> None:
         """Write what is buffered, the header, and each row's mean, sample standard deviation and n; end the rows."""
         self.flush()
@@ -176,6 +196,9 @@ class Ledger:
             records = [self._records[key] for key in cells if key in self._records]
             ends_ms = [r.end_ms for r in records if r.end_ms is not None]
             end_ms = max([self._records[row.key].start_ms, *ends_ms])  # cells may be older than the row: from the store
+            if row.of_trials:
+                self._end(row.key, "FINISHED", end_ms)
+                continue
             finished = [r for r in records if r.tags[schema.TAG_STATUS] == "FINISHED"]
             self._write_aggregates(row.key, finished, end_ms)
             self._end(row.key, row_status([self.status_of(key) for key in cells]), end_ms)
@@ -531,6 +554,8 @@ def _metrics(values: Mapping[str, float], time_ms: int, step: int) -> list[Metri
 
 def _view(header: StudyHeader) -> str:
     """State of MLflow's table of runs: columns for the main metric of rows and of cells."""
+    if header.search:
+        return as_json({"selectedColumns": [f"metrics.`{metric_key(schema.BEST + schema.VAL + header.main_metric)}`"]})
     metric = metric_key(schema.TEST + header.main_metric)
     return as_json({"selectedColumns": [f"metrics.`{metric}{of}`" for of in ("/mean", "/std", "/n", "")]})
 

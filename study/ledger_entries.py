@@ -22,7 +22,10 @@ PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36  # MLf
 
 @dataclass(frozen=True)
 class RowHeader:
-    """A row on one data set. `key`: deterministic and unique in the study; `name`: as the table says it."""
+    """A row on one data set. `key`: deterministic and unique in the study; `name`: as the table says it.
+
+    `of_trials`: it is the parent of a search's trials, which differ in more than their seed, so they have no mean.
+    """
 
     key: str
     name: str
@@ -31,6 +34,7 @@ class RowHeader:
     marks: dict[str, bool]
     changes: dict[str, object]
     params: dict[str, str]
+    of_trials: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from analysis.schema import StudyHeader
 from analysis.tracking import LedgerAwayError, LedgerError, environment
@@ -80,6 +81,14 @@ class LedgerWriter:
     def log_epochs(self, cell_key: str, epochs: Sequence[Epoch]) -> None:
         """See `Ledger.log_epochs`."""
         self._put(lambda: self._ledger.log_epochs(cell_key, epochs))
+
+    def extend(self, header: StudyHeader, cells: Sequence[CellHeader]) -> None:
+        """See `Ledger.extend`."""
+        self._put(lambda: self._ledger.extend(header, cells))
+
+    def attach(self, key: str, file: Path, folder: str) -> None:
+        """See `Ledger.attach`."""
+        self._put(lambda: self._ledger.attach(key, file, folder))
 
     def finish(self, cell_key: str, outcome: CellOutcome) -> None:
         """See `Ledger.finish`."""

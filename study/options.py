@@ -232,14 +232,14 @@ def require_free_port(port: int) -> None:
 # -- cluster ---------------------------------------------------------------------------------------------------------
 
 
-def check_timeout(timeout: float | None) -> None:
+def check_timeout(timeout: float | None, option: str = "--timeout") -> None:
     """Refuse seconds that are none.
 
     Raises:
         StudyError: naming the option.
     """
     if timeout is not None and not 0 < timeout <= LONGEST_TIMEOUT:
-        raise StudyError([f"--timeout {timeout:g}: expected seconds above 0, at most {LONGEST_TIMEOUT:g}"])
+        raise StudyError([f"{option} {timeout:g}: expected seconds above 0, at most {LONGEST_TIMEOUT:g}"])
 
 
 def check_cluster(address: str | None, executor: str) -> None:

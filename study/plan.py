@@ -142,7 +142,9 @@ def uncollected() -> Iterator[None]:
 
 
 @uncollected()
-def make_plan(study: Study, *, storage: Path, sharing: bool = True, download: bool = False) -> Plan:
+def make_plan(
+    study: Study, *, storage: Path, sharing: bool = True, download: bool = False, repeats: bool = False
+) -> Plan:
     """Plan a study.
 
     Args:
@@ -150,6 +152,7 @@ def make_plan(study: Study, *, storage: Path, sharing: bool = True, download: bo
         storage: where caches and splits lie; nothing is written.
         sharing: False plans every cell alone, without caches.
         download: fetch the weights of hub ids now, so that keys are final.
+        repeats: rows may train exactly as others do, as trials of a search may.
 
     Raises:
         StudyError: data or backbone missing, a depth beyond the encoder, two rows that cannot differ, with all such
@@ -165,7 +168,8 @@ def make_plan(study: Study, *, storage: Path, sharing: bool = True, download: bo
     chains = tuple(
         chain_of(cell, courses[cell.dataset, cell.row.index], study.execution, sharing) for cell in study.cells()
     )
-    check_rows_act(chains, sharing)
+    if not repeats:
+        check_rows_act(chains, sharing)
     # The floor is that of the study, however it is run.
     shareable = chains if sharing else [chain_of(c.cell, c.course, study.execution, sharing=True) for c in chains]
     children = _followers(chains)

@@ -103,7 +103,7 @@ class Progress:
         return f"{done}/{len(schedule.nodes)} trials" + (f", {failed} failed" if failed else "")
 
     def _left(self) -> str:
-        total = sum(node.units for node in self._schedule.nodes if node.status != "skipped")
+        total = self._schedule.total_units
         elapsed = time.monotonic() - self._started
         if total <= 0 or self._done_units < MEASURED * total:
             return "time left: measuring"
@@ -113,7 +113,7 @@ class Progress:
     def _render(self) -> Table:
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(ratio=1)
-        total = sum(node.units for node in self._schedule.nodes) or 1
+        total = self._schedule.total_units or 1
         head = Table.grid(padding=(0, 1), expand=True)
         head.add_column(ratio=1)
         head.add_column(justify="right")

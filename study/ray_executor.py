@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import cloudpickle, tune
@@ -35,6 +35,7 @@ from trainables.requests import Compute
 from trainables.results import EpochRecord, TrainingError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 NODES_SECONDS = 10.0  # between two looks at whether a trial still fits on some node
 
 
@@ -129,7 +130,7 @@ class StageSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """See `ray.tune.search.Searcher`."""
-        node = self._schedule.next()
+        node = self._tell(self._schedule.next)
         if node is None:
             return Searcher.FINISHED if self._schedule.finished else None
         self._nodes[trial_id], self._doing[trial_id] = node, "set-up"
@@ -191,9 +192,9 @@ class StageSearcher(Searcher):
         if result.get("record"):
             self._tell(self._listener.epoch, node, EpochRecord(**json.loads(result["record"])))
 
-    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+    def _tell(self, what: Callable[..., T], *arguments: Any) -> T:
         try:
-            what(*arguments)
+            return what(*arguments)
         except BaseException as error:
             self.interruption = error
             raise

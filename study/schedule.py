@@ -102,6 +102,11 @@ class Schedule:
         return sum(units.values()) + caches
 
     @property
+    def total_units(self) -> int:
+        """Training units of all trials that have to run."""
+        return sum(node.units for node in self.nodes if node.status != "skipped")
+
+    @property
     def finished(self) -> bool:
         """No trial waits or runs."""
         return all(n.status not in ("waiting", "running") for n in self.nodes)
@@ -160,14 +165,15 @@ def _nodes(plan: Plan, pending: Sequence[Chain]) -> list[Node]:
             if len(followers.get(key, ())) == 1 and epoch < len(chain.keys):
                 continue
             if key not in nodes:
-                nodes[key] = _node(plan, chain, through[key], parent, first, epoch)
+                nodes[key] = make_node(plan, chain, through[key], parent, first, epoch)
             parent, first = nodes[key], epoch
     for node in reversed(nodes.values()):
         node.path = node.units + max((child.path for child in node.children), default=0)
     return list(nodes.values())
 
 
-def _node(plan: Plan, chain: Chain, users: Sequence[Chain], parent: Node | None, first: int, last: int) -> Node:
+def make_node(plan: Plan, chain: Chain, users: Sequence[Chain], parent: Node | None, first: int, last: int) -> Node:
+    """A trial of epochs `first` + 1 to `last` of a chain, for the cells `users`; its parent gets it as a child."""
     keys = chain.keys[:last]
     request = TrialRequest(
         name=_name(plan, chain, users, first, last),

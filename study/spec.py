@@ -18,6 +18,7 @@ from study.documents import Document, KeysError, StudyError, StudyFile, apply, r
 from study.layers import Choices, check_options, check_spare_layers, complete, dataset_names
 from study.problems import Places, Problems, near, text_keys
 from study.rows import LeaveOneOut, Name, RowDocument, RowDraft, RowsDocument, expand
+from study.search_settings import SearchSettings, check_search
 from trainables.baseline_files import own_size
 from trainables.model_files import BackboneError
 from trainables.settings import Frozen, Settings, TestOnSettings
@@ -75,6 +76,7 @@ class StudyDocument(Settings):
     smoke: dict[str, Any] = Field(default_factory=dict, description="settings of --smoke, by dotted key")
     execution: Execution = Execution()
     report: Report = Report()
+    search: SearchSettings | None = Field(None, description="makes the study a search around its first row")
 
     @field_validator("seeds", "datasets")
     @classmethod
@@ -135,6 +137,7 @@ class Study:
     execution: Execution
     report: Report
     smoke: bool
+    search: SearchSettings | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -263,6 +266,8 @@ def _assemble(documents: dict[str, StudyDocument], problems: Problems, smoke: bo
             if completed is not None:
                 settings[draft.name][dataset] = completed
         _check_rows_differ(drafts, settings, dataset, problems)
+    if first.search is not None and drafts and (around := settings[drafts[0].name]):
+        check_search(first.search, next(iter(around.values())), first.seeds, tuple(documents), problems)
     problems.raise_if_any()
     rows = tuple(
         Row(d.name, i, _typed(d.changes, settings[d.name]), d.marks, settings[d.name]) for i, d in enumerate(drafts)
@@ -277,6 +282,7 @@ def _assemble(documents: dict[str, StudyDocument], problems: Problems, smoke: bo
         execution=first.execution,
         report=first.report,
         smoke=smoke,
+        search=first.search,
     )
 
 

@@ -35,7 +35,7 @@ from study.durable import flush_folder, make_folder, write_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainables.results import CellResult
+    from trainables.results import CellResult, EpochRecord
     from trainables.trial import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -219,6 +219,15 @@ class Store:
         own = {n: t for n, t in tensors.items() if not n.startswith("best/")}
         state = State(facts["epoch"], own, facts["averages"], facts["class_state"])
         return Checkpoint(state, [EpochRecord(**r) for r in facts["history"]], facts["provenance"], best)
+
+    def history(self, key: str) -> list[EpochRecord] | None:
+        """Records of the epochs up to a state; None where it is not there or damaged, which its next user says."""
+        from trainables.results import EpochRecord
+
+        try:
+            return [EpochRecord(**record) for record in _unsealed(self._state(key) / STATE)["history"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def drop(self, key: str) -> None:
         """Forget a state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.benchmarks.against_plain_ray import against_plain_ray
+from tests.benchmarks.against_plain_search import against_plain_search
 from tests.benchmarks.image_pipeline import image_pipeline
 from tests.benchmarks.ledger_writing import ledger_writing
 from tests.benchmarks.light_commands import light_commands, wide_plan
@@ -26,6 +27,9 @@ MEASUREMENTS = {
     "ray-short": Measurement("Ray with one slot over in-process, little training", ray_overhead_short, 5, 8),
     "ray": Measurement("Ray with one slot over in-process, the embedded ablation", ray_overhead, 3, 30),
     "plain-ray": Measurement("plain Ray Tune on the same 12 cells", against_plain_ray, 5, 40),
+    "plain-search": Measurement(
+        "plain Ray Tune with OptunaSearch, as many configurations", against_plain_search, 3, 60
+    ),
     "smoke": Measurement("the smallest honest run", smoke, 1, 1),
     "embedded": Measurement("the embedded ablation as users run it, and again", embedded, 1, 4),
 }

@@ -205,3 +205,14 @@ def test_the_embedded_run_and_the_same_command_again_are_timed() -> None:
     told = figures("embedded")
     assert told["the same command again"].value < told["whole command"].value
     assert told["most memory of all processes"].value > 0.3
+
+
+@pytest.mark.slow
+def test_plain_ray_tune_searches_as_many_configurations() -> None:
+    measured = MEASUREMENTS["plain-search"].run(SMALLEST)
+    told = measured.figures
+    assert told["configurations that ours evaluated"].value == measured.facts["decays"]
+    assert told["configurations that plain Ray Tune evaluated"].value == measured.facts["decays"]
+    assert told["plain Ray Tune / ours, whole command"].at_least == 4.0
+    assert 0.4 < told["best validation macro AUC, ours"].value < 1
+    assert 0.4 < told["best validation macro AUC, plain"].value < 1

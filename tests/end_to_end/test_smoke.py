@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from study.spec import shipped_studies
+from study.spec import Choices, load_study, shipped_studies
 from tests.detection_extra import INSTALLED, REASON
 from tests.studies_for_tests import ROOT, Ran, run_smoke
 
@@ -66,12 +66,18 @@ def test_the_smoke_run_of_the_ablation_takes_less_than_a_minute_through_ray(tmp_
 
 @pytest.mark.parametrize("study", [name for name in shipped_studies() if name != "ablation"])
 def test_the_smoke_run_of_every_other_study_ends_with_a_table(study: str, tmp_path: Path) -> None:
-    if study.startswith("detection") and not INSTALLED:
+    if "detection" in study and not INSTALLED:
         pytest.skip(REASON)
     done = _launch(study, "--smoke", "--storage", str(tmp_path), "--executor", "local")
     assert done.returncode == 0, done.stderr
-    cells = pd.read_csv(tmp_path / study / "report" / "cells.csv")
+    searches = load_study(shipped_studies()[study]).search is not None
+    table = f"{study}-confirm" if searches else study
+    cells = pd.read_csv(tmp_path / table / "report" / "cells.csv")
     assert set(cells["status"]) == {"FINISHED"}
+    if searches:
+        trials = pd.read_csv(tmp_path / study / "report" / "trials.csv")
+        assert set(trials["status"]) <= {"FINISHED", "PRUNED"}
+        assert len(trials) == load_study(shipped_studies()[study], Choices(smoke=True)).search.trials  # type: ignore[union-attr]
 
 
 def _launch(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -49,7 +49,7 @@ def test_help_says_how_a_study_is_run_and_what_other_commands_there_are(tmp_path
     assert told.status == 0
     assert told.err == ""
     assert "launch.py STUDY [OPTIONS]" in told.out
-    for command in ("list", "schema", "check", "status", "report", "verify", "ui"):
+    for command in ("list", "schema", "check", "search", "ablate-best", "status", "report", "verify", "ui"):
         assert f" {command} " in told.out
 
 

@@ -457,6 +457,7 @@ NO_EFFECT = {
     "study": "another",
     "report": {"compare": "first", "per_class": True, "notes": ["n"]},
     "execution": {"token_cache": "auto", "max_failures": 9, "allow_mixed": True, "cache_disk_share": 0.1, "gpus": 0},
+    "search": {"trials": 3},
 }
 
 

@@ -1,0 +1,251 @@
+"""Searches run for real: the same bits as training each trial alone, kills that lose nothing, winners confirmed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from analysis import schema
+from study.chains import Chain
+from study.documents import StudyError
+from study.driver import RunOptions, run_plan
+from study.plan import make_plan
+from study.running import Launch as Options
+from study.search import TrialFacts, Trials
+from study.search_rows import Search, chains_of
+from study.search_storage import default_place
+from study.searching import SearchLaunch, ablate_best, run_search
+from study.spec import Choices, Study, find_study, load_study
+from study.store import Store
+from tests.launches import launched
+from tests.studies_for_tests import TINY
+
+pytestmark = pytest.mark.slow
+
+LOOKS = 3
+SMALL: Mapping[str, Any] = {
+    **TINY,
+    "search.parameters": {
+        "ema.decay": {"choices": [0.9, 0.98], "when": {"ema.enabled": True}},
+        "strategy.tune_epochs": None,  # two epochs: a rung after the first
+    },
+    "search.trials": 3 * LOOKS,
+    "search.startup": 1,
+    "search.confirm": 0,
+}
+TYPED = {key: json.dumps(value) for key, value in SMALL.items()}  # as on a command line
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search that was run."""
+
+    storage: Path
+    search: Search
+    status: int
+
+    @property
+    def trials(self) -> list[TrialFacts]:
+        return self.kept().all()
+
+    def kept(self) -> Trials:
+        place, name = default_place(self.storage, "search"), self.search.study.name
+        declaration = self.search.declaration(self.storage)
+        return Trials.found(place, name, self.search.settings, self.search.space, declaration)
+
+    def chains(self) -> dict[int, Chain]:
+        """Number of a trial → its chain."""
+        made = chains_of(self.search.trials_study(self.search.trial_rows(self.trials)), self.storage)
+        return dict(zip((t.number for t in self.trials), made, strict=True))
+
+    def csv(self) -> str:
+        return (self.storage / "search" / "report" / "trials.csv").read_text()
+
+
+def declared(overrides: Mapping[str, Any]) -> Study:
+    return load_study(find_study("search"), Choices(dict(overrides)))
+
+
+def searched(storage: Path, **more: Any) -> Searched:
+    study = declared({**SMALL, **{f"search.{name}": value for name, value in more.items()}})
+    status = run_search(study, SearchLaunch(Options(storage, executor="local")))
+    return Searched(storage, Search.of(study), status)
+
+
+def runs_of(storage: Path, study: str = "search") -> list[Any]:
+    client = mlflow.MlflowClient(f"sqlite:///{storage.resolve() / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(study)
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], max_results=1000))
+
+
+def statuses(storage: Path) -> Counter[str]:
+    """Of the trials, as the ledger has them."""
+    return Counter(r.data.tags[schema.TAG_STATUS] for r in runs_of(storage) if schema.TAG_STATUS in r.data.tags)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    return searched(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_every_trial_has_the_bits_of_its_own_training_alone(undisturbed: Searched, tmp_path: Path) -> None:
+    """Cut at rungs, on a shared head stage, looked at in three ways: against cells that share nothing."""
+    finished = [t for t in undisturbed.trials if t.status == "FINISHED"][: 2 * LOOKS : 2]
+    alone = undisturbed.search.trials_study(undisturbed.search.trial_rows(finished))
+    plan = make_plan(alone, storage=tmp_path, sharing=False)
+    run_plan(plan, RunOptions(tmp_path, command="a test", executor="local"), Console(quiet=True))
+    ours, theirs = Store(undisturbed.storage), Store(tmp_path)
+    for trial, chain in zip(finished, plan.chains, strict=True):
+        own = undisturbed.chains()[trial.number]
+        shared = ours.load_result(own.leaf, own.observer.name)
+        by_itself = theirs.load_result(chain.leaf, chain.observer.name)
+        assert shared is not None
+        assert by_itself is not None
+        assert shared.weights_sha256 == by_itself.weights_sha256
+        assert shared.trajectory_sha256 == by_itself.trajectory_sha256
+        assert trial.values == (by_itself.metrics["val/macro_auc"],)
+
+
+def test_a_trial_that_is_pruned_is_pruned_everywhere_and_with_all_looks_at_its_trajectory(
+    undisturbed: Searched,
+) -> None:
+    trials = undisturbed.trials
+    counted = Counter(t.status for t in trials)
+    assert counted["PRUNED"] >= LOOKS, "the case must arise"
+    assert statuses(undisturbed.storage) == counted
+    by_trajectory: dict[int, set[str]] = {}
+    for trial in trials:
+        by_trajectory.setdefault(trial.trajectory, set()).add(trial.status)
+    assert all(len(found) == 1 for found in by_trajectory.values())
+    store, chains = Store(undisturbed.storage), undisturbed.chains()
+    for trial in trials:
+        has_result = store.has_result(chains[trial.number].leaf, chains[trial.number].observer.name)
+        assert has_result == (trial.status == "FINISHED")
+        assert (len(trial.units) > 0) == (trial.status == "PRUNED")
+
+
+def test_the_ledger_has_one_run_a_trial_below_one_parent_and_no_test_figure(undisturbed: Searched) -> None:
+    runs = runs_of(undisturbed.storage)
+    (parent,) = [run for run in runs if run.data.tags[schema.TAG_KIND] == "row"]
+    trials = [run for run in runs if run is not parent]
+    assert len(trials) == undisturbed.search.settings.trials
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
+    assert not [name for run in runs for name in run.data.metrics if name.startswith(schema.TEST)]
+    best = undisturbed.kept().best()[0]
+    (run,) = [run for run in trials if run.data.tags[schema.TAG_ROW] == f"trial {best.number}"]
+    assert run.data.metrics["best/val/macro_auc"] == best.values[0]
+    client = mlflow.MlflowClient(f"sqlite:///{undisturbed.storage.resolve() / 'mlflow.db'}")
+    assert "search/report.html" in {file.path for file in client.list_artifacts(parent.info.run_id, "search")}
+
+
+def test_a_finished_search_that_is_run_again_trains_and_changes_nothing(undisturbed: Searched) -> None:
+    before, runs = undisturbed.csv(), len(runs_of(undisturbed.storage))
+    again = searched(undisturbed.storage)
+    assert again.status == 0
+    assert again.csv() == before
+    assert len(runs_of(undisturbed.storage)) == runs
+
+
+def test_a_search_that_is_killed_again_and_again_gives_the_trials_of_one_that_is_not(
+    undisturbed: Searched, tmp_path: Path
+) -> None:
+    rng, storage, kills = random.Random(11), tmp_path / "killed", 0
+    journal = storage / "search" / "optuna.log"
+    for _ in range(3):
+        with launched(storage, study="search", overrides=TYPED) as launch:
+            size = journal.stat().st_size if journal.exists() else 0
+            launch.until(lambda size=size: journal.exists() and journal.stat().st_size > size)  # type: ignore[misc]
+            end = time.monotonic() + rng.uniform(0.0, 3.0)
+            if launch.until(lambda end=end: time.monotonic() >= end):  # type: ignore[misc]
+                launch.send(signal.SIGKILL)
+                kills += launch.wait() == -signal.SIGKILL
+    assert kills >= 2, launch.output
+    with launched(storage, study="search", overrides=TYPED) as launch:
+        assert launch.wait() == 0, launch.output
+    after = Searched(storage, undisturbed.search, 0)
+    assert after.csv() == undisturbed.csv()
+    assert statuses(storage) == Counter(t.status for t in undisturbed.trials)
+    keys = [run.data.tags[schema.TAG_KEY] for run in runs_of(storage)]
+    assert len(keys) == len(set(keys)) == 1 + len(undisturbed.trials)
+
+
+def test_ray_tells_every_trial_and_ends(undisturbed: Searched, tmp_path: Path) -> None:
+    with launched(tmp_path, study="search", overrides=TYPED, executor="ray") as launch:
+        assert launch.wait() == 0, launch.output
+    after = Searched(tmp_path, undisturbed.search, 0)
+    assert len(after.trials) == undisturbed.search.settings.trials
+    assert {t.status for t in after.trials} <= {"FINISHED", "PRUNED"}
+    assert statuses(tmp_path) == Counter(t.status for t in after.trials)
+    first = after.trials[0]
+    assert (first.chosen, first.values) == (undisturbed.trials[0].chosen, undisturbed.trials[0].values)
+
+
+def test_winners_are_confirmed_over_seeds_that_did_not_choose_them(
+    undisturbed: Searched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Further stages of the finished search; its trials take no part in the tables."""
+    confirmed = searched(undisturbed.storage, confirm=1)
+    assert confirmed.status == 0
+    cells = pd.read_csv(undisturbed.storage / "search-confirm" / "report" / "cells.csv")
+    assert set(cells["seed"]) == set(confirmed.search.study.seeds)
+    assert confirmed.search.settings.trial_seed not in set(cells["seed"])
+    assert cells["status"].eq("FINISHED").all()
+    default, winner = dict.fromkeys(cells["row"])
+    assert default == "Default (0 trials)"
+    assert f"of {len(undisturbed.trials)} trials (trial " in winner
+    said = capsys.readouterr().out
+    assert "Δ ± 95 %" in said
+    assert f"of {len(undisturbed.trials)} trials" in said
+
+    status = ablate_best(
+        declared({**SMALL, "seeds": [0]}), SearchLaunch(Options(undisturbed.storage, executor="local"))
+    )
+    assert status == 0
+    ablation = pd.read_csv(undisturbed.storage / "search-ablation" / "report" / "cells.csv")
+    rows = list(dict.fromkeys(ablation["row"]))
+    assert rows[0].startswith("No. 1 of")
+    assert "− Unfreezing" in rows
+    assert ablation["status"].eq("FINISHED").all()
+
+
+def test_several_objectives_are_told_and_nothing_is_pruned(tmp_path: Path) -> None:
+    ran = searched(tmp_path, trials=2 * LOOKS, pruner="none", objectives=["metric", "units"])
+    chains = ran.chains()
+    for trial in ran.trials:
+        assert trial.status == "FINISHED"
+        assert trial.values[1] == sum(chains[trial.number].course.units())
+    assert (tmp_path / "search" / "report" / "figures" / "search-pareto.png").stat().st_size > 5_000
+
+
+def test_a_trial_that_diverges_fails_and_the_search_goes_on(tmp_path: Path) -> None:
+    huge = {"optimiser.encoder_lr": {"choices": [1e30, 2e30]}, **SMALL["search.parameters"]}
+    ran = searched(tmp_path, trials=2 * LOOKS, parameters=huge)
+    assert ran.status == 1, "no trial has finished"
+    assert {t.status for t in ran.trials} == {"FAILED"}
+    assert all("lower optimiser.encoder_lr" in t.error for t in ran.trials)
+    assert statuses(tmp_path) == {"FAILED": len(ran.trials)}
+    with pytest.raises(StudyError, match="no finished trial yet"):
+        ablate_best(ran.search.study, SearchLaunch(Options(tmp_path, executor="local")))
+
+
+def test_the_report_holds_every_trial_and_loads_nothing(undisturbed: Searched) -> None:
+    page = (undisturbed.storage / "search" / "report" / "report.html").read_text()
+    assert "SYNTHETIC DATA" in page
+    assert 'src="data:image/svg+xml;base64,' in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    table = pd.read_csv(undisturbed.storage / "search" / "report" / "trials.csv")
+    assert list(table["trial"]) == list(range(len(undisturbed.trials)))
+    assert list(table["status"]) == [t.status for t in undisturbed.trials]
