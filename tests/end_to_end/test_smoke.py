@@ -64,18 +64,24 @@ def test_the_smoke_run_of_the_ablation_takes_less_than_a_minute_through_ray(tmp_
     assert seconds < 60 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all studies, as a user has it: data sets are drawn once, and equal stages are trained once."""
+    return tmp_path_factory.mktemp("studies")
+
+
 @pytest.mark.parametrize("study", [name for name in shipped_studies() if name != "ablation"])
-def test_the_smoke_run_of_every_other_study_ends_with_a_table(study: str, tmp_path: Path) -> None:
+def test_the_smoke_run_of_every_other_study_ends_with_a_table(study: str, storage: Path) -> None:
     if "detection" in study and not INSTALLED:
         pytest.skip(REASON)
-    done = _launch(study, "--smoke", "--storage", str(tmp_path), "--executor", "local")
+    done = _launch(study, "--smoke", "--storage", str(storage), "--executor", "local")
     assert done.returncode == 0, done.stderr
     searches = load_study(shipped_studies()[study]).search is not None
     table = f"{study}-confirm" if searches else study
-    cells = pd.read_csv(tmp_path / table / "report" / "cells.csv")
+    cells = pd.read_csv(storage / table / "report" / "cells.csv")
     assert set(cells["status"]) == {"FINISHED"}
     if searches:
-        trials = pd.read_csv(tmp_path / study / "report" / "trials.csv")
+        trials = pd.read_csv(storage / study / "report" / "trials.csv")
         assert set(trials["status"]) <= {"FINISHED", "PRUNED"}
         assert len(trials) == load_study(shipped_studies()[study], Choices(smoke=True)).search.trials  # type: ignore[union-attr]
 
