@@ -16,18 +16,35 @@ from analysis.tables import Comparison, StudyTable, TableLine, build_table, meas
 
 TABLE_FILE = "table.csv"
 CELLS_FILE = "cells.csv"
+JOINT_FILE = "joint.csv"
 _CELL_IDENTITY = ("study", "dataset", "row", "seed", "status")
 _CELL_DIGESTS = ("best_epoch", "mlflow_run_id", "weights_sha256", "trajectory_sha256", "split_digest", "config_digest")
-_KEYS = {TABLE_FILE: ("dataset", "row", "reference"), CELLS_FILE: ("dataset", "row", "seed")}
+_KEYS = {
+    TABLE_FILE: ("dataset", "row", "reference"),
+    CELLS_FILE: ("dataset", "row", "seed"),
+    JOINT_FILE: ("study", "dataset", "row", "reference"),
+}
 
 
 def table_csv(table: StudyTable) -> str:
     """The main table: a line a row, data set and comparison; figures to 10 significant digits, undefined ones empty."""
-    records = [
+    return _records_csv(_table_records(table))
+
+
+def joint_csv(tables: Sequence[StudyTable]) -> str:
+    """The main tables of several studies under each other, with the task of each."""
+    return _records_csv([{"task": table.header.task, **record} for table in tables for record in _table_records(table)])
+
+
+def _table_records(table: StudyTable) -> list[dict[str, str]]:
+    return [
         {**_of_line(table, line), **(_of_comparison(comparison) if comparison else {})}
         for line in table.lines
         for comparison in (line.comparisons or (None,))
     ]
+
+
+def _records_csv(records: Sequence[dict[str, str]]) -> str:
     columns = list(dict.fromkeys(column for record in records for column in record))
     return _to_csv(columns, [[record.get(column, "") for column in columns] for record in records])
 
@@ -48,6 +65,11 @@ def verify(records: StudyRecords, folder: Path) -> list[str]:
     """
     now = {TABLE_FILE: table_csv(build_table(records)), CELLS_FILE: cells_csv(records)}
     return [drift for file, text in now.items() for drift in _drifts(folder / file, text)]
+
+
+def verify_joint(studies: Sequence[StudyRecords], folder: Path) -> list[str]:
+    """As `verify`, of the joint table of several studies."""
+    return _drifts(folder / JOINT_FILE, joint_csv([build_table(records) for records in studies]))
 
 
 # ---------------------------------------------------------------- lines

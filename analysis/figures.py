@@ -38,7 +38,7 @@ _PAGE = 6.6  # inches of classes in one column before they are set in two
 _CLASS_NAME = (26, 2)  # characters a line, lines
 _DPI = 160
 _INK = "#222222"
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -61,7 +61,7 @@ class Drawing:
     """A drawn figure.
 
     `name` is its file's stem: its kind and the data set's number. `alt` says in words what it shows, `left_out` what
-    it does not.
+    it does not, `caption` how it is read.
     """
 
     kind: str
@@ -71,12 +71,13 @@ class Drawing:
     png: bytes
     svg: bytes
     left_out: str = ""
+    caption: str = ""
 
 
 def draw_all(records: StudyRecords, table: StudyTable) -> list[Drawing]:
     """Every figure that the records have numbers for, at most four data sets of each kind."""
     drawings = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for i, dataset in enumerate(table.header.datasets[:MOST_DATASETS]):
             for draw in (_per_class, _learning_curves, _differences):
                 drawing = draw(records, table, dataset, i)
@@ -96,7 +97,7 @@ def _per_class(records: StudyRecords, table: StudyTable, dataset: str, position:
     classes = [j for j in range(len(grid.labels)) if (grid.n[:, j] > 0).any()]
     shown = classes[:MOST_CLASSES]
     legend = _Legend([_legend_name(grid.rows[i], int(grid.n[i].max())) for i in rows], lines=False)
-    lines = max(_wrap(grid.labels[j], *_CLASS_NAME).count("\n") + 1 for j in shown)
+    lines = max(wrapped(grid.labels[j], *_CLASS_NAME).count("\n") + 1 for j in shown)
     pitch = max(0.14 * lines + 0.1, 0.075 * len(rows) + 0.06)
     halves = 2 if len(shown) * pitch > _PAGE else 1
     per_panel = -(-len(shown) // halves)
@@ -114,7 +115,7 @@ def _per_class(records: StudyRecords, table: StudyTable, dataset: str, position:
         ("rows", len(grid.rows) - len(rows)), ("classes", len(classes) - len(shown)), undefined=undefined
     )
     alt = f"{title}: a point with an error bar for each of {len(rows)} rows in each of {len(shown)} classes."
-    return _render(figure, ("per_class", position), title, alt, left_out)
+    return render(figure, ("per_class", position), title, alt, left_out)
 
 
 def _class_points(axes: Axes, grid: MetricGrid, rows: Sequence[int], shown: Sequence[int]) -> None:
@@ -131,7 +132,7 @@ def _class_points(axes: Axes, grid: MetricGrid, rows: Sequence[int], shown: Sequ
             "capsize": 1.8,
         }
         axes.errorbar(mean, places + offset, xerr=spread, linestyle="none", **style)
-    axes.set_yticks(places, [_wrap(grid.labels[j], *_CLASS_NAME) for j in shown])
+    axes.set_yticks(places, [wrapped(grid.labels[j], *_CLASS_NAME) for j in shown])
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.grid(axis="y", visible=False)
@@ -179,7 +180,7 @@ def _learning_curves(records: StudyRecords, table: StudyTable, dataset: str, pos
         f"{title}: mean validation {header.metric_label} by epoch of {len(curves.rows)} rows, with a band of one "
         "sample std over seeds; thin lines are single seeds after others have stopped."
     )
-    return _render(figure, ("learning_curves", position), title, alt, _left_out(("rows", curves.omitted)))
+    return render(figure, ("learning_curves", position), title, alt, _left_out(("rows", curves.omitted)))
 
 
 def _curves(records: StudyRecords, dataset: str) -> _Curves:
@@ -274,7 +275,7 @@ def _differences(records: StudyRecords, table: StudyTable, dataset: str, positio
     if not comparisons:
         return None
     shown = comparisons[:MOST_COMPARISONS]
-    labels = [f"{_wrap(c.row, 34, 2)}\nagainst {_wrap(c.reference, 28, 2)}" for c in shown]
+    labels = [f"{wrapped(c.row, 34, 2)}\nagainst {wrapped(c.reference, 28, 2)}" for c in shown]
     height = 1.05 + sum(0.16 + 0.155 * (label.count("\n") + 1) for label in labels)
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
@@ -297,7 +298,7 @@ def _differences(records: StudyRecords, table: StudyTable, dataset: str, positio
     alt = title + ": " + "; ".join(f"{c.row} against {c.reference} {signed(c.paired.delta)}" for c in shown[:8]) + "."
     without = len(table.comparisons_of(dataset)) - len(comparisons)
     left_out = _left_out(("comparisons", len(comparisons) - len(shown)), ("comparisons without a pair", without))
-    return _render(figure, ("differences", position), title, alt, left_out)
+    return render(figure, ("differences", position), title, alt, left_out)
 
 
 # ---------------------------------------------------------------- parts
@@ -317,11 +318,11 @@ def _left_out(*counts: tuple[str, int], undefined: Sequence[str] = ()) -> str:
 
 
 def _legend_name(row: str, n: int) -> str:
-    name = f"{_wrap(row, 40, 2)} (n = {n})"
+    name = f"{wrapped(row, 40, 2)} (n = {n})"
     return f" {name}" if name.startswith("_") else name  # matplotlib hides names that begin with an underscore
 
 
-def _wrap(text: str, width: int, most: int) -> str:
+def wrapped(text: str, width: int, most: int) -> str:
     """At most so many lines; the last one says by an ellipsis that it was cut."""
     return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder="…") or [""])
 
@@ -360,10 +361,11 @@ class _Legend:
 
 
 def _title(figure: Figure, title: str) -> None:
-    figure.suptitle(_wrap(title, 90, 2), fontsize=9.5, color=_INK)
+    figure.suptitle(wrapped(title, 90, 2), fontsize=9.5, color=_INK)
 
 
-def _render(figure: Figure, place: tuple[str, int], title: str, alt: str, left_out: str) -> Drawing:
+def render(figure: Figure, place: tuple[str, int], title: str, alt: str, left_out: str) -> Drawing:
+    """A figure as PNG and SVG; `place`: its kind, and the data set's number. The figure has a layout engine."""
     png, svg = io.BytesIO(), io.BytesIO()
     _lay_out(figure)
     figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})

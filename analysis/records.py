@@ -107,6 +107,16 @@ def load(tracking_uri: str, study: str) -> StudyRecords:
     )
 
 
+def studies_of(tracking_uri: str) -> frozenset[str]:
+    """Names of the studies that a ledger holds.
+
+    Raises:
+        LedgerError: no such ledger.
+    """
+    with _reading(tracking_uri) as ledger:
+        return frozenset(ledger.studies())
+
+
 class Predictions(dict[str, Path]):
     """Run id → local path of predictions.npz, resolved when it is read.
 

@@ -16,10 +16,12 @@ from analysis.csv_files import CELLS_FILE, TABLE_FILE, cells_csv, table_csv, ver
 from analysis.figures import Drawing, draw_all
 from analysis.layout import TextTable
 from analysis.patients import PatientNoise, PredictionsError, patient_noise
+from analysis.pictures import PixelSource, draw_pictures
 from analysis.published import Beside, set_beside
 from analysis.records import StudyRecords
 from analysis.tables import AbsentCell, StudyTable, build_table
 from analysis.terminal import terminal_table
+from analysis.tracking import LedgerError
 from analysis.writers import to_latex, to_markdown, write_atomically
 
 __all__ = ["ReportPaths", "terminal_table", "verify", "write_report"]
@@ -28,6 +30,7 @@ BOOTSTRAP_SEED = 20140601  # fixed, so that the same records give the same repor
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_READINGS = 60
 _MOST_ERRORS = 20
+KINDS = ("per_class", "learning_curves", "differences", "pictures")  # of drawings, by which their files are called
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,33 @@ class ReportPaths:
 
 
 @dataclass(frozen=True)
-class _Study:
-    """All that is computed, before anything is written."""
+class Computed:
+    """All of a study's report that is computed, before anything is written."""
 
     table: StudyTable
     noise: tuple[PatientNoise, ...]
     beside: Beside | None
     drawings: tuple[Drawing, ...]
     problems: tuple[str, ...]
+    without_images: tuple[str, ...] = ()
 
 
-def write_report(records: StudyRecords, folder: Path) -> ReportPaths:
+def write_report(records: StudyRecords, folder: Path, pixels: PixelSource | None = None) -> ReportPaths:
     """Write table.md, .tex and .csv, cells.csv, figures/*.png and *.svg, and report.html into the folder.
 
     Every file is replaced as a whole; figures of an earlier report that this one does not have are removed.
+
+    Args:
+        records: of the study.
+        folder: of the report.
+        pixels: gives the images that predicted boxes and masks are drawn on; None: none are drawn.
 
     Raises:
         RecordsError: the records contradict their header.
         PublishedError: the study names published numbers that are not there.
     """
-    study = _compute(records)
-    tables, notes = _document(study), [*map("Attention: {}".format, study.problems), *wording.table_notes(study.table)]
+    study = compute(records, pixels)
+    tables, notes = tables_of(study), [*map("Attention: {}".format, study.problems), *wording.table_notes(study.table)]
     paths = ReportPaths(
         folder=folder,
         table_md=write_atomically(folder / "table.md", to_markdown(study.table.header.title, tables, notes)),
@@ -72,24 +81,35 @@ def write_report(records: StudyRecords, folder: Path) -> ReportPaths:
         table_csv=write_atomically(folder / TABLE_FILE, table_csv(study.table)),
         cells_csv=write_atomically(folder / CELLS_FILE, cells_csv(records)),
         html=folder / "report.html",
-        figures=_write_figures(study.drawings, folder / "figures"),
+        figures=write_figures(study.drawings, folder / "figures"),
     )
     write_atomically(paths.html, _page(study))  # last: a page never speaks of files that are not there yet
     return paths
 
 
-def _compute(records: StudyRecords) -> _Study:
+def compute(records: StudyRecords, pixels: PixelSource | None) -> Computed:
+    """Compute a study's tables and figures.
+
+    What stored predictions do not give is told at the head of the report: the tables do not rest on them.
+    """
     table = build_table(records)
-    problems: tuple[str, ...] = ()
+    problems: list[str] = []
     noise: list[PatientNoise] = []
     try:
         noise = patient_noise(records, table, np.random.default_rng(BOOTSTRAP_SEED))
-    except PredictionsError as error:  # told at the head of the report: the other tables do not rest on predictions
-        problems = (str(error),)
-    return _Study(table, tuple(noise), set_beside(table), tuple(draw_all(records, table)), problems)
+    except PredictionsError as error:
+        problems.append(str(error))
+    pictures: list[Drawing] = []
+    without_images: list[str] = []
+    try:
+        pictures, without_images = draw_pictures(records, table, pixels)
+    except (PredictionsError, LedgerError) as error:
+        problems.append(str(error))
+    drawings = (*draw_all(records, table), *pictures)
+    return Computed(table, tuple(noise), set_beside(table), drawings, tuple(problems), tuple(without_images))
 
 
-def _document(study: _Study) -> list[TextTable]:
+def tables_of(study: Computed) -> list[TextTable]:
     """The tables of table.md, in the order of the page."""
     table = study.table
     tables: list[TextTable | None] = [layout.main_table(table), layout.other_metrics_table(table)]
@@ -101,13 +121,12 @@ def _document(study: _Study) -> list[TextTable]:
     return [one for one in tables if one is not None]
 
 
-def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
+def write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
     written = []
     for drawing in drawings:
         written.append(write_atomically(folder / f"{drawing.name}.png", drawing.png))
         written.append(write_atomically(folder / f"{drawing.name}.svg", drawing.svg))
-    kinds = ("per_class", "learning_curves", "differences")
-    for stale in {path for kind in kinds for path in folder.glob(f"{kind}-*")} - set(written):
+    for stale in {path for kind in KINDS for path in folder.glob(f"{kind}-*")} - set(written):
         stale.unlink()
     return tuple(written)
 
@@ -115,17 +134,28 @@ def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...
 # ---------------------------------------------------------------- the page
 
 
-@lru_cache(maxsize=1)
-def _template() -> Template:
+@lru_cache(maxsize=8)
+def template(name: str) -> Template:
+    """A template of the report's folder; everything that it is given is escaped."""
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
-def _page(study: _Study) -> str:
+def _page(study: Computed) -> str:
+    context = _context(study)
+    return template("report.html.j2").render(context, prefix="", sections=_sections(study)) + "\n"
+
+
+def sections_of(study: Computed, prefix: str) -> str:
+    """A study's sections, to stand in a page with others'; `prefix` keeps their anchors apart."""
+    return template("sections.html.j2").render(_context(study), prefix=prefix)
+
+
+def _context(study: Computed) -> dict[str, object]:
     table, header = study.table, study.table.header
     readings = _readings(study)
-    context = {
+    return {
         "header": header,
         "problems": (*study.problems, *table.problems),
         "main": layout.main_table(table),
@@ -140,6 +170,7 @@ def _page(study: _Study) -> str:
         "beside_table": layout.beside_table(table, study.beside) if study.beside else None,
         "classes": layout.class_tables(table),
         "drawings": _by_kind(study.drawings),
+        "without_images": study.without_images,
         "costs": layout.cost_table(header.units),
         "cost_notes": wording.cost_notes(header.units),
         "absent": layout.absent_table(table),
@@ -148,10 +179,9 @@ def _page(study: _Study) -> str:
         "provenance": _provenance(table),
         "runs": layout.runs_table(table),
     }
-    return _template().render(context, sections=_sections(study, bool(readings))) + "\n"
 
 
-def _readings(study: _Study) -> list[tuple[str, list[str]]]:
+def _readings(study: Computed) -> list[tuple[str, list[str]]]:
     """Data set → its comparisons in plain language, as many as one would read."""
     noise = {(n.dataset, n.row, n.reference): n for n in study.noise}
     shown = study.table.comparisons[:_MOST_READINGS]
@@ -171,7 +201,7 @@ def _readings(study: _Study) -> list[tuple[str, list[str]]]:
 
 
 def _by_kind(drawings: Sequence[Drawing]) -> dict[str, list[Drawing]]:
-    kinds: dict[str, list[Drawing]] = {"per_class": [], "learning_curves": [], "differences": []}
+    kinds: dict[str, list[Drawing]] = {kind: [] for kind in KINDS}
     for drawing in drawings:
         kinds[drawing.kind].append(drawing)
     return kinds
@@ -188,13 +218,14 @@ def _provenance(table: StudyTable) -> list[tuple[str, str]]:
     return facts
 
 
-def _sections(study: _Study, compared: bool) -> list[tuple[str, str]]:
+def _sections(study: Computed) -> list[tuple[str, str]]:
     kinds = _by_kind(study.drawings)
     sections = [
         ("table", "Table", True),
-        ("comparisons", "Comparisons", compared),
+        ("comparisons", "Comparisons", bool(_readings(study))),
         ("published", "Published numbers", study.beside is not None),
         ("classes", "By class", bool(study.table.per_class or kinds["per_class"])),
+        ("pictures", "Predictions beside the truth", bool(kinds["pictures"] or study.without_images)),
         ("curves", "Learning curves", bool(kinds["learning_curves"])),
         ("costs", "Costs", True),
         ("absent", "Failed or missing cells", bool(study.table.absent)),

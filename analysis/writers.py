@@ -77,11 +77,18 @@ _TEX = {
 }  # fmt: skip
 
 
+_TEX_HEAD = ("% Needs \\usepackage{booktabs}. \\input this file.", "\\providecommand{\\tablemark}{$\\surd$}")
+
+
+def table_to_latex(table: TextTable, study: str, notes: Sequence[str]) -> str:
+    """One booktabs table with its notes, to read in with input."""
+    return "\n\n".join([*_TEX_HEAD, _tex_table(table, f"tab:{_slug(study)}", notes)]) + "\n"
+
+
 def to_latex(table: StudyTable, notes: Sequence[str]) -> str:
     """Two booktabs tables to read in with input: the rows' figures with the notes, then their differences."""
     blocks = [
-        "% Needs \\usepackage{booktabs}. \\input this file.",
-        "\\providecommand{\\tablemark}{$\\surd$}",
+        *_TEX_HEAD,
         _tex_table(performance_table(table), f"tab:{_slug(table.header.study)}", notes),
     ]
     if table.comparisons:

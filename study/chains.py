@@ -237,9 +237,10 @@ def materials_of(study: Study, storage: Path, download: bool) -> dict[tuple[str,
 
 def _material(settings: Settings, storage: Path, download: bool) -> Material:
     data, splits = settings.dataset, storage / "splits"
-    index = _index(data.model_copy(update={"tested": "home"}).model_dump_json(), splits)
-    away = _away(data.model_dump_json(), splits) if data.tested == "away" else None
     kind = TASKS[settings.task]
+    home = data.model_copy(update={"tested": "home"})
+    index = _index(home.model_dump_json(), splits, kind.labels_learnt)
+    away = _away(data.model_dump_json(), splits) if data.tested == "away" else None
     classes = kind.classes(settings, index)
     model = kind.facts(settings, classes, download)
     strategy, blocks = settings.strategy, len(model.costs.blocks)
@@ -253,8 +254,9 @@ def _material(settings: Settings, storage: Path, download: bool) -> Material:
 
 
 @cache
-def _index(dataset_json: str, splits: Path) -> Index:
-    return load_index(DatasetSettings.model_validate_json(dataset_json), splits if splits.is_dir() else None)
+def _index(dataset_json: str, splits: Path, labels_learnt: bool) -> Index:
+    folder = splits if splits.is_dir() else None
+    return load_index(DatasetSettings.model_validate_json(dataset_json), folder, labels_learnt=labels_learnt)
 
 
 @cache

@@ -111,6 +111,8 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run a study, or with --plan say what would run."""
+    from study.joint import find_joint
+    from study.joint_running import run_or_plan
     from study.spec import Choices, find_study, load_study
 
     said = Together()
@@ -124,6 +126,10 @@ def run(
         said.value(None, lambda: check_new_ledger(tracking_address(tracking_uri, folder)))
     said.raise_if_any()
     choices = Choices(overrides.values, dataset, roots, smoke, overrides.typed)
+    if (joint := find_joint(study)) is not None:
+        launch = Launch(folder, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
+        run_or_plan(joint, choices, launch, plan_only=plan)
+        return
     declared = load_study(find_study(study), choices)
     launch = Launch(folder, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
     if declared.search is not None:
@@ -146,7 +152,8 @@ app.command("ablate-best", short_help="Leave-one-out around the best trial of a 
 @app.command("list")
 def list_studies() -> None:
     """Shipped studies and known data sets."""
-    from study.spec import load_study, shipped_studies
+    from study.joint import load_joint
+    from study.spec import load_study, shipped_joint_studies, shipped_studies
     from trainables.data.registry import DATASETS
 
     console = Console()
@@ -154,6 +161,9 @@ def list_studies() -> None:
     for name, path in shipped_studies().items():
         declared = load_study(path)
         console.print(f"  {name:14} {declared.title} ({len(declared.cells())} cells)", highlight=False)
+    for name, path in shipped_joint_studies().items():
+        joint = load_joint(path)
+        console.print(f"  {name:14} {joint.title} ({joint.cells} cells)", highlight=False)
     console.print("Data sets", style="bold")
     for name, info in DATASETS.items():
         console.print(f"  {name:14} {info.title}", highlight=False)
@@ -212,6 +222,11 @@ def status(
     verbose: Verbose = False,
 ) -> None:
     """How far a study has come, from its ledger; works while it runs."""
+    from study.joint_running import joint_status, place_of
+
+    if (joint := place_of(study, storage, tracking_uri, smoke)) is not None:
+        joint_status(*joint)
+        return
     at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from study.status import status_table
@@ -228,14 +243,20 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Build tables, figures and report.html again, from the ledger alone."""
+    from study.joint_running import place_of, report_joint
+
+    if (joint := place_of(study, storage, tracking_uri, smoke)) is not None:
+        report_joint(*joint)
+        return
     at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from analysis.report import terminal_table, write_report
+    from study.pictures import kept_images
 
     records = load(at.address, at.study)
     _refuse_search(records.header)
     with report_at(at.report, f"python study/launch.py report {at.study} --storage {at.folder}") as place:
-        paths = write_report(records, place)
+        paths = write_report(records, place, kept_images(at.folder, at.study))
     console = Console()
     console.print(terminal_table(records))
     console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
@@ -250,6 +271,10 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Compute the tables again from the ledger and fail where the written ones differ."""
+    from study.joint_running import place_of, verify_joint_study
+
+    if (joint := place_of(study, storage, tracking_uri, smoke)) is not None:
+        raise typer.Exit(verify_joint_study(*joint))
     at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from analysis.report import verify as drifts_of

@@ -19,6 +19,8 @@ from trainables.data.index import Index
 from trainables.results import CellResult, EpochRecord
 from trainables.settings import DatasetSettings
 
+# Where files lie says nothing about a row: it is the same row on another machine.
+PLACES: dict[str, Any] = {"dataset": {"root": True, "test_on": {"root"}}, "model": {"weights"}}
 NEEDS_NO_RESULTS: dict[str, int | None] = {"executed": None, "stopped_early": 0, "recomputed": 0}
 
 
@@ -227,7 +229,7 @@ def _effective_phases(history: Sequence[EpochRecord]) -> list[dict[str, Any]]:
 
 
 def _params(row: Row, dataset: str) -> dict[str, str]:
-    settings = row.settings[dataset].model_dump(mode="json", exclude={"dataset": {"root"}})
+    settings = row.settings[dataset].model_dump(mode="json", exclude=PLACES)
     return {key: json.dumps(value) if not isinstance(value, str) else value for key, value in flatten(settings).items()}
 
 

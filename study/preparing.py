@@ -74,9 +74,12 @@ def prepare_data(plan: Plan, store: Store, console: Console) -> dict[str, str]:
         at = settings.model_dump_json(include={"task", "dataset", "segmentation"}, exclude={"dataset": {"tested"}})
         if at not in opened:
             try:
+                kind, workers = TASKS[settings.task], os.cpu_count() or 1
                 with _told(settings.dataset.name, console, speak=bool(plan.images_to_decode)) as told:
-                    data = open_data(settings.dataset, folders, workers=os.cpu_count() or 1, told=told)
-                opened[at] = TASKS[settings.task].contents(settings, data)
+                    data = open_data(
+                        settings.dataset, folders, workers=workers, told=told, labels_learnt=kind.labels_learnt
+                    )
+                opened[at] = kind.contents(settings, data)
                 store.check_contents(chain.cache_identity, opened[at])
             except (DataError, StudyError) as error:
                 problems += str(error).split("\n")

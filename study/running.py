@@ -77,10 +77,15 @@ def run_to_table(declared: Study, launch: Launch, console: Console) -> Launched:
     """Run a study within `prepared`, and show its table."""
     planned = planned_for(declared, launch, download=True)
     require_images(planned)
+    return run_planned(planned, launch, console)
+
+
+def run_planned(planned: Plan, launch: Launch, console: Console) -> Launched:
+    """Run a plan whose images are there, within `prepared`, and show its table."""
     from study.driver import run_plan
 
     launched = run_plan(planned, run_options(launch), console)
-    _conclude(declared.name, launch, console)
+    _conclude(planned, launch, console)
     return launched
 
 
@@ -169,15 +174,17 @@ def prepared(launch: Launch, console: Console) -> Iterator[None]:
         raise SystemExit(stopped.status) from None
 
 
-def _conclude(name: str, launch: Launch, console: Console) -> None:
+def _conclude(plan: Plan, launch: Launch, console: Console) -> None:
     from analysis.records import load
     from analysis.report import terminal_table, write_report
+    from study.pictures import images_of
 
+    name = plan.study.name
     records = load(launch.ledger, name)
     with report_at(
         launch.folder / name / "report", f"python study/launch.py report {name} {launch.ledger_options}"
     ) as at:
-        paths = write_report(records, at)
+        paths = write_report(records, at, images_of(plan, launch.folder))
     console.print(terminal_table(records))
     units = records.header.units
     saved = units.alone / units.shared if units.shared else 1.0

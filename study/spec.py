@@ -163,6 +163,11 @@ def shipped_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
+def shipped_joint_studies() -> dict[str, Path]:
+    """Name → file of the joint studies that come with the project; see `study.joint`."""
+    return {path.stem: path for path in sorted((SHIPPED / "joint").glob("*.yaml"))}
+
+
 def find_study(name: str) -> Path:
     """File of a shipped study by name, or the file itself.
 
@@ -172,6 +177,7 @@ def find_study(name: str) -> Path:
     shipped = shipped_studies()
     if name in shipped:
         return shipped[name]
+    shipped |= shipped_joint_studies()  # in what is said
     path = Path(name)
     if os.path.isfile(name):  # noqa: PTH113 (Path raises for a name too long to be one)
         return path
@@ -222,10 +228,10 @@ def _looks(name: str, document: StudyDocument, problems: Problems) -> dict[str, 
 
 
 def _away_name(name: str, other: TestOnSettings) -> str:
-    """The other data set's name, with what it differs by where it is called as the first."""
+    """The other data set's name; not its folder, which may be moved without changing what a cell is."""
     if other.name != name:
         return other.name
-    return f"hospital {other.hospital}" if other.root is None else f"{other.name} in {other.root}"
+    return f"hospital {other.hospital}" if other.root is None else f"another {other.name}"
 
 
 def _refuse_too_many_cells(documents: dict[str, StudyDocument], problems: Problems) -> None:

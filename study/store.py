@@ -8,6 +8,7 @@ Layout of a storage folder:
     partial/            what is being written; renamed into place when it is whole and on the disk
     locks/              who runs which study here
     <study>/report/     tables and figures
+    <study>/pictures/   test images that the report shows
     mlflow.db, mlartifacts/   the default ledger
 """
 
@@ -48,7 +49,7 @@ WEIGHTS = "weights.safetensors"
 LEAST_ROOM = 1 << 20  # bytes that a storage must be able to take, before a study and after something went wrong
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What is being written, by its makers' names for it; what is older than some hours is of processes that were killed.
-UNFINISHED = ("partial/*", ".mlflow.db.*", ".ray_auth_token.*", "splits/.*", "locks/.*", "*/report/.*")
+UNFINISHED = ("partial/*", ".mlflow.db.*", ".ray_auth_token.*", "splits/.*", "locks/.*", "*/report/.*", "*/pictures/.*")
 ABANDONED_S = 6 * 3600
 
 
@@ -381,6 +382,11 @@ def state_folder(root: Path, key: str) -> Path:
 def result_folder(root: Path, leaf: str, observer: str) -> Path:
     """Folder of a cell's result."""
     return root / "results" / leaf[:40] / re.sub(r"[^A-Za-z0-9.+]+", "-", observer)
+
+
+def pictures_file(root: Path, study: str, dataset: str) -> Path:
+    """File of the test images of a data set that a study's report shows."""
+    return root / study / "pictures" / f"{dataset}.npz"
 
 
 def _sealed(facts: dict[str, Any]) -> bytes:

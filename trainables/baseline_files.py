@@ -7,6 +7,7 @@ narrow and its weights are drawn.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,8 @@ def is_baseline(name: str) -> bool:
     """Whether a backbone is one of these, told from its name and, of a folder, from its config.json."""
     if name == ALBEF.name or name.startswith(PREFIXES):
         return True
-    config = Path(name) / CONFIG
-    return config.is_file() and "architecture" in read_json(config)
+    config = os.path.join(name, CONFIG)  # noqa: PTH118 (any text will do: Path raises for a name too long to be one)
+    return os.path.isfile(config) and "architecture" in read_json(Path(config))  # noqa: PTH113
 
 
 def own_size(name: str) -> int | None:
@@ -121,14 +122,14 @@ def _given(model: ModelSettings) -> tuple[Path | None, Path | None]:
     name = model.backbone
     told = model.weights.get(_architecture(name)[0].name)
     told_by = f"model.weights.{_architecture(name)[0].name}"
-    folder = Path(name) if told is None and (Path(name) / CONFIG).is_file() else None
+    folder = Path(name) if told is None and os.path.isfile(os.path.join(name, CONFIG)) else None  # noqa: PTH113, PTH118
     if told is not None:
         path = Path(told).expanduser()
-        if path.is_file():
+        if os.path.isfile(path):  # noqa: PTH113
             if path.suffix not in FORMATS:
                 raise BackboneError(f"{told_by}: {path} is none of {', '.join(FORMATS)}")
             return None, path
-        if not path.is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112
             raise BackboneError(f"{told_by}: no such file or folder: {path}")
         folder = path
     if folder is None:

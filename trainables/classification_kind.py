@@ -130,4 +130,5 @@ CLASSIFICATION = TaskKind(
     notes=_notes,
     open=_open,
     libraries=("timm",),
+    labels_learnt=True,
 )

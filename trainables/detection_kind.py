@@ -28,26 +28,45 @@ def boxed_classes(settings: Settings, index: Index) -> Classes:
     Raises:
         DataError: there is none, or one that cannot be learnt, or a split without any box.
     """
-    if _drawn(settings):  # boxes come from the scenes, so that nothing needs to be drawn for a plan
-        classes = tuple(name for name in index.classes if name in BOXED)
-        if not classes:
-            raise DataError(f"{index.dataset}: no class with boxes is left; keep one of {', '.join(BOXED)}")
-        return classes
-    boxes = real_box_targets(settings, index)
-    train = np.isin(boxes.rows, index.rows("train"))
-    absent = [name for number, name in enumerate(boxes.classes) if not (boxes.labels[train] == number).any()]
-    if absent or not boxes.classes:
+    counts = _drawn_counts(index) if _drawn(settings) else _listed_counts(settings, index)
+    if not counts:
+        kept = f"; keep one of {', '.join(BOXED)}" if _drawn(settings) else ""
+        raise DataError(f"{index.dataset}: no class with boxes is left{kept}")
+    absent = [name for name, of_split in counts.items() if not of_split["train"]]
+    if absent:
         raise DataError(
-            f"{index.dataset}: no training box of {', '.join(absent) or 'any class'}; leave it out with "
-            f"dataset.drop_classes=[{','.join(absent)}]"
+            f"{index.dataset}: no training box of {', '.join(absent)}; leave it out with "
+            f"dataset.drop_classes=[{','.join(absent)}], or take more images"
         )
-    _refuse_splits_without_boxes(boxes, index)
-    return boxes.classes
+    _refuse_splits_without_boxes(index, counts)
+    return tuple(counts)
 
 
-def _refuse_splits_without_boxes(boxes: BoxTargets, index: Index) -> None:
+_Counts = dict[str, dict[str, int]]  # class → split → boxes
+
+
+def _drawn_counts(index: Index) -> _Counts:
+    """A finding of `BOXED` is drawn with one box wherever it is present, so nothing needs to be drawn for a plan."""
+    positives = {split: index.class_counts(split)[0].tolist() for split in SPLITS}
+    return {
+        name: {split: positives[split][column] for split in SPLITS}
+        for column, name in enumerate(index.classes)
+        if name in BOXED
+    }
+
+
+def _listed_counts(settings: Settings, index: Index) -> _Counts:
+    boxes = real_box_targets(settings, index)
+    labels = {split: boxes.labels[boxes.of(index.rows(split))[1]] for split in SPLITS}
+    return {
+        name: {split: int((labels[split] == number).sum()) for split in SPLITS}
+        for number, name in enumerate(boxes.classes)
+    }
+
+
+def _refuse_splits_without_boxes(index: Index, of_class: _Counts) -> None:
     """No epoch could be chosen without a validation box, and nothing measured without one to test on."""
-    counts = {split: len(boxes.of(index.rows(split))[0]) for split in SPLITS}
+    counts = {split: sum(of_split[split] for of_split in of_class.values()) for split in SPLITS}
     empty = [split for split, count in counts.items() if not count]
     if empty:
         shown = ", ".join(f"{split} {count}" for split, count in counts.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from trainables.detector_layers import IMAGE, Layer, Scale, carried, layers_of
 from trainables.model_files import file_sha256
 from trainables.settings import Settings
 from trainables.task_kind import ModelError, ModelFacts
+from trainables.weight_shapes import require_fit
 
 SHIPPED = {name: Path(__file__).parent / "tiny_detectors" / f"{name}.yaml" for name in ("tiny-yolo", "tiny-rtdetr")}
 NEEDED = ("ultralytics", "torchvision", "faster_coco_eval")
@@ -91,13 +93,17 @@ def detector_facts(settings: Settings, classes: tuple[str, ...]) -> ModelFacts:
     """Facts of a detector at the image size of the settings; nothing is ever downloaded.
 
     Raises:
-        ModelError: see `find_detector`; or an image size that is no multiple of 32.
+        ModelError: see `find_detector`; an image size that is no multiple of 32; or weights that cannot be read or are
+            another model's.
     """
     detector = find_detector(settings)
     size = settings.dataset.image_size
     if size % _STRIDE:
         nearest = max(_STRIDE, round(size / _STRIDE) * _STRIDE)
         raise ModelError(f"dataset.image_size: {size} px is no multiple of {_STRIDE}, as detectors need; try {nearest}")
+    layers = detector.layers(size, len(classes))
+    if detector.weights is not None and settings.detection.weights is not None:  # shipped weights fit by a test
+        require_fit(detector.weights, detector.name, [layer.count.parameters for layer in layers[: detector.blocks]])
     drawn = f"drawn: {detector.digest()}"
     return ModelFacts(
         name=detector.name,
@@ -107,7 +113,7 @@ def detector_facts(settings: Settings, classes: tuple[str, ...]) -> ModelFacts:
         shape_digest=detector.digest(),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        costs=detector_costs(detector.layers(size, len(classes)), detector.blocks, size),
+        costs=detector_costs(layers, detector.blocks, size),
     )
 
 
@@ -144,7 +150,7 @@ def _document(name: str) -> tuple[dict[str, Any], str]:
         return _read(SHIPPED[name], name), ""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 (Path raises for a name too long to be one)
             raise ModelError(f"backbone {name!r}: no such file")
         return _read(path, name), ""
     named = re.fullmatch(r"(yolov8)([nsmlx])|rtdetr-([lx])", name)
@@ -212,7 +218,7 @@ def _weights(given: str | None) -> Path | None:
     path = Path(given)
     if path.suffix not in WEIGHTS:
         raise ModelError(f"detection.weights: {given}: expected a file that ends with {' or '.join(WEIGHTS)}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         raise ModelError(f"detection.weights: {given}: no such file; nothing is downloaded")
     return path
 

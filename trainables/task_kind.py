@@ -70,6 +70,8 @@ class TaskKind:
         open: (settings, data) → the task, ready to train; imports torch.
         annotated: (settings, index) → (N,) whether an image has what the task learns from and is measured by; images
             without take no part. None: all have.
+        labels_learnt: whether the index's labels are what is learnt and measured, so that a class without a positive or
+            a negative in some split is refused; tasks of boxes or masks ask in `classes` for what they need.
         libraries: distributions that this task alone computes with, whose versions are recorded.
         contents: (settings, data) → digest of all that is decoded once, masks too where the task has them; decodes what
             is not yet, and raises DataError for files that cannot be used.
@@ -84,4 +86,5 @@ class TaskKind:
     open: Callable[[Settings, Data], Task]
     contents: Callable[[Settings, Data], str] = images_alone
     annotated: Callable[[Settings, Index], npt.NDArray[np.bool_] | None] = every_image
+    labels_learnt: bool = False
     libraries: tuple[str, ...] = ()

@@ -157,6 +157,10 @@ class Trial:
         """What to change, and how much of the training it leaves valid: keys say which epochs a setting acts on."""
         optimiser = self.request.settings.optimiser
         clip = "" if optimiser.clip_norm is not None else ", or set optimiser.clip_norm and train all of it again"
+        if self.request.settings.strategy.unfreezing == "plain":
+            rates = f"optimiser.encoder_lr ({optimiser.encoder_lr:g}) or optimiser.head_lr ({optimiser.head_lr:g})"
+            clip = "" if optimiser.clip_norm is not None else ", or set optimiser.clip_norm"
+            return f"lower {rates}{clip}, and train all of it again"
         if self.epoch < self._head_epochs:
             return f"lower optimiser.head_lr ({optimiser.head_lr:g}){clip}"
         tune_head_lr = optimiser.tune_head_lr or optimiser.head_lr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainables.data.opened import Data, Folders, open_away, open_data
-from trainables.settings import DatasetSettings, Settings
+from trainables.settings import Settings
 from trainables.task import Task
 from trainables.tasks import TASKS
 
@@ -16,16 +16,17 @@ class Workbench:
         self._data: tuple[str, Data] | None = None
         self._away: tuple[str, Data] | None = None
 
-    def data(self, settings: DatasetSettings) -> Data:
+    def data(self, settings: Settings) -> Data:
         """The data set of these settings."""
-        at = settings.model_dump_json()
+        at = settings.dataset.model_dump_json()
         if self._data is None or self._data[0] != at:
-            self._data = (at, open_data(settings, self._folders))
+            labels = TASKS[settings.task].labels_learnt
+            self._data = (at, open_data(settings.dataset, self._folders, labels_learnt=labels))
         return self._data[1]
 
     def task(self, settings: Settings) -> tuple[Task, dict[str, str]]:
         """The task, and the provenance of its images."""
-        data = self.data(settings.dataset)
+        data = self.data(settings)
         kind = TASKS[settings.task]
         provenance = {"contents_digest": kind.contents(settings, data), "index_digest": data.index.digest()}
         return kind.open(settings, data), provenance

@@ -174,8 +174,8 @@ def visible_ticks(axes: Axes) -> list[Text]:
 @pytest.mark.parametrize("count", [(4, 14), (20, 28), (2, 40)])
 def test_no_two_texts_of_a_figure_overlap(count: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    render = figures._render
-    monkeypatch.setattr(figures, "_render", lambda figure, *rest: (drawn.append(figure), render(figure, *rest))[1])
+    render = figures.render
+    monkeypatch.setattr(figures, "render", lambda figure, *rest: (drawn.append(figure), render(figure, *rest))[1])
     classes = tuple(f"A finding with a long name, the {i}th" for i in range(count[1]))
     plan = Simulated(rows=tuple(names("Row", count[0])), classes=classes, effect=1e-3)
     records = simulate(plan)

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from small_studies import document, write
 
-from study.spec import shipped_studies
+from study.spec import shipped_joint_studies, shipped_studies
 from trainables.data.registry import DATASETS
 
 LAUNCH = Path(__file__).resolve().parents[2] / "study" / "launch.py"
@@ -67,7 +67,7 @@ def test_list_names_every_shipped_study_and_data_set(tmp_path: Path) -> None:
     told = launch(tmp_path, "list")
     assert told.status == 0
     first_words = [line.split()[0] for line in told.out.splitlines() if line.startswith("  ")]
-    assert first_words == [*shipped_studies(), *DATASETS]
+    assert first_words == [*shipped_studies(), *shipped_joint_studies(), *DATASETS]
     assert "(12 cells)" in told.out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from sklearn.metrics import roc_auc_score
 from small_studies import document, loaded, planned
 
 from study.chains import Chain
+from study.declare import cell_headers, row_headers
 from study.documents import StudyError
 from study.plan import Plan
 from study.plan_view import plan_table
 from study.preparing import prepare_away
 from study.spec import Choices
 from study.store import Store
+from tests.made_datasets import CSV_OPTIONS, make_csv
 from tests.studies_for_tests import TINY, Ran, run_study
 from trainables.data.registry import load_away, load_index
 
@@ -132,6 +135,28 @@ def test_missing_folders_of_both_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(StudyError) as caught:
         planned(tmp_path, content)
     assert "chestxray14" in str(caught.value)
+
+
+def tables(tmp_path: Path, home: Path, away: Path) -> Plan:
+    told = {name.removeprefix("dataset."): value for name, value in CSV_OPTIONS.items()}
+    told |= {"name": "csv", "label_columns": ["Mass", "Nodule"]}
+    other = told | {"root": str(away)}
+    dataset = told | {"root": str(home), "images": None, "image_size": 32, "test_on": other}
+    return planned(tmp_path, document(dataset=dataset, model={"backbone": "tiny-phantom"}))
+
+
+def test_folders_that_were_moved_change_no_key_of_rows_and_cells(tmp_path: Path) -> None:
+    home, away = make_csv(tmp_path / "home"), make_csv(tmp_path / "away", seed=1)
+    before = tables(tmp_path, home, away)
+    assert before.study.datasets == ("csv", "csv→another csv")
+    moved = [shutil.copytree(folder, tmp_path / "moved" / folder.name) for folder in (home, away)]
+    after = tables(tmp_path, *moved)
+    assert [c.key for c in before.chains] == [c.key for c in after.chains]
+    keys = [{place: header.key for place, header in row_headers(plan).items()} for plan in (before, after)]
+    assert keys[0] == keys[1]
+    sources = [{c.dataset: c.dataset_source for c in cell_headers(p, row_headers(p))} for p in (before, after)]
+    assert sources[0]["csv→another csv"] == f"{home}, tested on {away}"
+    assert sources[0] != sources[1]
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------

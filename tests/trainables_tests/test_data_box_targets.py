@@ -107,7 +107,7 @@ def test_boxes_of_the_phantom_are_those_of_its_scenes(drawn: Path) -> None:
 
 def test_the_plan_knows_the_phantoms_classes_without_drawing_it(tmp_path: Path) -> None:
     settings = CASES["detection by YOLO"].settings()
-    index = index_of("a.png", classes=("Edema", *BOXED))
+    index = index_of("a.png", "b.png", "c.png", "d.png", classes=("Edema", *BOXED))
     assert boxed_classes(settings, index) == BOXED
     with pytest.raises(DataError, match="no class with boxes is left; keep one of Atelectasis"):
         boxed_classes(settings, index_of("a.png", classes=("Edema", "Hernia")))

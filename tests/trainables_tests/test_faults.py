@@ -49,6 +49,19 @@ def test_before_the_first_epoch_no_state_is_claimed_and_the_rate_of_stage_1_is_n
     assert "lower optimiser.head_lr (1e+30), or set optimiser.clip_norm and train all of it again" in said
 
 
+def test_plain_fine_tuning_that_diverges_names_both_rates_and_no_head_stage(
+    encoder: Path, data: Data, tmp_path: Path
+) -> None:
+    plain = {"unfreezing": "plain", "depth": "all"}
+    settings = tiny_settings(encoder, optimiser={"encoder_lr": 1e30}, strategy=plain)
+    trial = begin(trial_request(settings, [RAW]), tiny_task(settings, data), Store(tmp_path))
+    with pytest.raises(TrainingError) as raised:
+        trial.step()
+    said = str(raised.value)
+    assert "lower optimiser.encoder_lr (1e+30) or optimiser.head_lr (0.003), and train all of it again" in said
+    assert "head stage" not in said
+
+
 def test_from_the_last_good_state_training_goes_on_with_lower_rates(encoder: Path, data: Data, tmp_path: Path) -> None:
     settings = tiny_settings(encoder, optimiser={"encoder_lr": 1e30, "tune_head_lr": 1e-3})
     store = Store(tmp_path)

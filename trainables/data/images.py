@@ -93,6 +93,17 @@ def images_to_decode(index: Index, image_size: int, fit: Fit, folder: Path) -> i
     return 0 if ImageStore.of(index, image_size, fit, folder).exists() else len(index)
 
 
+def decoded_pixels(
+    index: Index, rows: Sequence[int], image_size: int, fit: Fit, folder: Path
+) -> npt.NDArray[np.uint8] | None:
+    """(K, S, S, C) pixels of a few images as they were decoded; None where they are not, or no longer what they were.
+
+    Unlike `ImageCache.open` it decodes nothing and hashes these images alone.
+    """
+    store = ImageStore.of(index, image_size, fit, folder)
+    return store.some(rows) if store.exists() else None
+
+
 def cache_bytes(index: Index, image_size: int) -> int:
     """Size of the cache's pixels on disk."""
     return len(index) * image_size * image_size * index.channels

@@ -35,13 +35,21 @@ class Data:
     decoded: Path
 
 
-def open_data(settings: DatasetSettings, folders: Folders, *, workers: int = 1, told: Told | None = None) -> Data:
-    """Load the index, draw phantoms if need be, and decode the images once.
+def open_data(
+    settings: DatasetSettings,
+    folders: Folders,
+    *,
+    workers: int = 1,
+    told: Told | None = None,
+    labels_learnt: bool = True,
+) -> Data:
+    """Load the index, draw phantoms if need be, and decode the images once; see `load_index` of `labels_learnt`.
 
     Raises:
         DataError: anything about the data set that keeps it from being used.
     """
-    return _opened(load_index(settings, folders.splits), settings, folders, workers, told)
+    index = load_index(settings, folders.splits, labels_learnt=labels_learnt)
+    return _opened(index, settings, folders, workers, told)
 
 
 def open_away(settings: DatasetSettings, folders: Folders, *, workers: int = 1, told: Told | None = None) -> Data:

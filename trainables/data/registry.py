@@ -59,7 +59,7 @@ _VAL_OF_OFFICIAL_TRAIN = 1 / 9  # 80:10, as in our own split
 _SHOWN = 30  # classes whose counts an error shows
 
 
-def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> Index:
+def load_index(settings: DatasetSettings, splits_folder: Path | None = None, *, labels_learnt: bool = True) -> Index:
     """Read the table, split it, and drop what is to be dropped; touches no image.
 
     The split is made before classes are dropped, so that dropping one moves no image to another split.
@@ -67,6 +67,8 @@ def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> 
     Args:
         settings: which data set, how many images, which split, which classes.
         splits_folder: the split is written there once, and read and verified from then on.
+        labels_learnt: whether the labels are what is learnt and measured. A task that learns from boxes or masks asks
+            nothing of them, and says itself what it needs.
 
     Raises:
         DataError: unknown data set or class, unusable table, a kept split that does not fit the table, a group in two
@@ -79,8 +81,7 @@ def load_index(settings: DatasetSettings, splits_folder: Path | None = None) -> 
         note = f"Trained on {share}: {', '.join(shared)}."
         index = restricted(index, {name: name for name in shared})
         index = replace(index, notes=(*index.notes, note))
-    problem = unmeasurable(index, given_test=given_test)
-    if problem is not None:
+    if labels_learnt and (problem := unmeasurable(index, given_test=given_test)) is not None:
         raise DataError(problem)
     return index
 
