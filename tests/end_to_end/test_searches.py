@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -30,7 +32,7 @@ from study.searching import SearchLaunch, ablate_best, run_search
 from study.spec import Choices, Study, find_study, load_study
 from study.store import Store
 from tests.launches import launched
-from tests.studies_for_tests import TINY
+from tests.studies_for_tests import ROOT, TINY
 
 pytestmark = pytest.mark.slow
 
@@ -239,6 +241,14 @@ def test_a_trial_that_diverges_fails_and_the_search_goes_on(tmp_path: Path) -> N
     assert statuses(tmp_path) == {"FAILED": len(ran.trials)}
     with pytest.raises(StudyError, match="no finished trial yet"):
         ablate_best(ran.search.study, SearchLaunch(Options(tmp_path, executor="local")))
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_trials_are_compared_by_no_table(undisturbed: Searched, command: str) -> None:
+    arguments = [sys.executable, "study/launch.py", command, "search", "--storage", str(undisturbed.storage)]
+    told = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert told.returncode == 2
+    assert "its winners' tables are those of search-confirm" in " ".join(told.stderr.split())
 
 
 def test_the_report_holds_every_trial_and_loads_nothing(undisturbed: Searched) -> None:
