@@ -10,7 +10,7 @@ SLOW ?=
 UPGRADE ?=
 # Further arguments of the launcher (`ablation`), the benchmarks (`bench`) or pytest (`test`, `check`)
 ARGS ?=
-# Put before pytest, e.g. LIMIT='timeout --signal=INT 55m'
+# Put before pytest, e.g. LIMIT='timeout --signal=INT 60m'
 LIMIT ?=
 
 comma := ,

@@ -1,0 +1,87 @@
+"""`unified` as users run it: three tasks by one command, one report, and figures of predictions beside the truth."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.detection_extra import needs_detection
+from tests.studies_for_tests import ROOT
+
+pytestmark = [pytest.mark.slow, needs_detection]
+
+STUDIES = ("ablation", "detection_ablation", "segmentation_ablation")
+
+
+def launch(storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "study" / "launch.py"), *arguments, "--storage", str(storage)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where unified was run to its end, one seed."""
+    folder = tmp_path_factory.mktemp("unified")
+    done = launch(folder, "unified", "--smoke", "--seeds", "0", "--executor", "local")
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" in done.stdout
+    assert "One strategy, three tasks" in done.stdout
+    return folder
+
+
+def test_one_report_has_the_steps_of_all_tasks_and_every_study_its_own(storage: Path) -> None:
+    with (storage / "unified/report/joint.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["study"] for line in lines] == [name for name in STUDIES for _ in range(4)]
+    assert {line["metric"] for line in lines} == {"macro_auc", "map50_95", "mean_dice"}
+    assert all(line["n"] == "1" and line["mean"] for line in lines)
+    page = (storage / "unified/report/report.html").read_text()
+    assert page.count("Predictions beside the truth") >= 2
+    for name in STUDIES:
+        assert (storage / name / "report/report.html").is_file()
+
+
+@pytest.mark.parametrize("study", STUDIES[1:])
+def test_predictions_are_shown_beside_the_truth_and_again_by_report(study: str, storage: Path) -> None:
+    figure = storage / study / "report/figures/pictures-0.svg"
+    before = figure.read_bytes()
+    figure.unlink()
+    assert launch(storage, "report", study).returncode == 0
+    assert figure.read_bytes() == before
+
+
+def test_status_verify_and_report_speak_of_all_of_it(storage: Path) -> None:
+    status = launch(storage, "status", "unified")
+    assert status.returncode == 0, status.stderr
+    assert all(f"{name}: " in status.stdout for name in STUDIES)
+    assert launch(storage, "verify", "unified").returncode == 0
+    table = storage / "unified/report/joint.csv"
+    table.write_text(table.read_text().replace("mean_dice", "mean_luck", 1))
+    drifted = launch(storage, "verify", "unified")
+    assert drifted.returncode == 1
+    assert "unified: joint.csv, line 10: segmentation_ablation · phantom" in drifted.stdout
+    assert launch(storage, "report", "unified").returncode == 0
+    assert launch(storage, "verify", "unified").returncode == 0
+
+
+def test_a_study_that_unified_has_run_is_not_run_again_alone(storage: Path) -> None:
+    results = {path: path.stat().st_mtime_ns for path in (storage / "results").rglob("result.json")}
+    assert len(results) == 12
+    done = launch(storage, "segmentation_ablation", "--smoke", "--seeds", "0", "--executor", "local")
+    assert done.returncode == 0, done.stderr
+    assert "trials to run" not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in (storage / "results").rglob("result.json")} == results
+
+
+def test_images_that_are_gone_are_said_in_the_report_and_a_study_not_begun_in_the_status(storage: Path) -> None:
+    shutil.rmtree(storage / "detection_ablation/pictures")
+    assert launch(storage, "report", "unified").returncode == 0
+    assert "are not kept in this storage" in (storage / "unified/report/report.html").read_text()
+    again = launch(storage, "detection_ablation", "--smoke", "--seeds", "0", "--executor", "local")
+    assert again.returncode == 0, again.stderr
+    assert (storage / "detection_ablation/report/figures/pictures-0.png").is_file()
