@@ -11,7 +11,7 @@ from tests.benchmarks.loop_overhead import averaging_overhead, loop_overhead
 from tests.benchmarks.measuring import Measurement
 from tests.benchmarks.ray_overhead import ray_overhead, ray_overhead_short
 from tests.benchmarks.report_writing import report_writing
-from tests.benchmarks.sharing import sharing, sharing_in_full
+from tests.benchmarks.sharing import sharing, sharing_in_full, sharing_vit_s
 from tests.benchmarks.whole_runs import embedded, smoke
 
 MEASUREMENTS = {
@@ -23,6 +23,7 @@ MEASUREMENTS = {
     "loop": Measurement("one cell against a plain PyTorch loop", loop_overhead, 5, 8),
     "averages": Measurement("five averaged copies against none", averaging_overhead, 5, 8),
     "sharing": Measurement("gain of sharing, one seed, half-length stages", sharing, 5, 15),
+    "sharing-vit-s": Measurement("gain of sharing with an encoder of 22 million weights", sharing_vit_s, 3, 15),
     "sharing-full": Measurement("gain of sharing and equality of bits, 12 cells", sharing_in_full, 1, 15),
     "ray-short": Measurement("Ray with one slot over in-process, little training", ray_overhead_short, 5, 8),
     "ray": Measurement("Ray with one slot over in-process, the embedded ablation", ray_overhead, 3, 30),

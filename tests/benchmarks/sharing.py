@@ -5,13 +5,30 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from transformers import Dinov2Config, Dinov2Model
+
 from tests.benchmarks.measuring import Effort, Figure, Measured, median_ratio, pairs_in_turn
 from tests.benchmarks.processes import TimedRun, fresh_storage, launch_timed, overrides, same_bits
 from tests.studies_for_tests import TINY
+from trainables.data.chestxray14 import CLASSES
 
 LEAST_SHARE = 0.9  # of the gain in units that must show in wall time
 # The embedded ablation with one seed and stages of half length: training still takes ten times as long as setting up.
 FULL: dict[str, Any] = {"seeds": [0], "strategy.head_epochs": 3, "strategy.tune_epochs": 6}
+
+
+# An encoder of the size that is fine-tuned in earnest (DINOv2's ViT-S/14, drawn), on few images: products of matrices
+# take the time there, and not what a step costs besides.
+ENCODER: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 112}
+KEPT = ("Atelectasis", "Effusion", "Infiltration", "Nodule")
+VIT_S: dict[str, Any] = {
+    "seeds": [0],
+    "dataset.images": 160,
+    "dataset.image_size": 112,
+    "dataset.drop_classes": [name for name in CLASSES if name not in KEPT],
+    "strategy.head_epochs": 2,
+    "strategy.tune_epochs": 4,
+}
 
 
 def sharing(effort: Effort) -> Measured:
@@ -26,6 +43,17 @@ def sharing_in_full(effort: Effort) -> Measured:
     chosen: dict[str, Any] = dict(TINY) if effort.smallest else {}
     pairs = pairs_in_turn(lambda: _run(chosen), lambda: _run(chosen, "--no-sharing"), effort.repeats)
     return compared(pairs) | Measured({}, {"overrides": chosen})
+
+
+def sharing_vit_s(effort: Effort) -> Measured:
+    """The same with an encoder whose products of matrices take the time."""
+    with fresh_storage() as folder:
+        shape = ENCODER | ({"hidden_size": 24, "num_attention_heads": 2} if effort.smallest else {})
+        encoder = Dinov2Model(Dinov2Config(patch_size=14, **shape))
+        encoder.save_pretrained(folder)
+        chosen = VIT_S | {"model.backbone": str(folder)}
+        pairs = pairs_in_turn(lambda: _run(chosen), lambda: _run(chosen, "--no-sharing"), effort.repeats)
+    return compared(pairs) | Measured({}, {"overrides": VIT_S, "encoder": shape})
 
 
 def compared(pairs: list[tuple[TimedRun, TimedRun]]) -> Measured:
