@@ -10,6 +10,8 @@ SLOW ?=
 UPGRADE ?=
 # Further arguments of the launcher (`ablation`), the benchmarks (`bench`) or pytest (`test`, `check`)
 ARGS ?=
+# Tests run in so many processes, a file in one: most tests wait more than they compute
+WORKERS ?= 2
 # Put before pytest, e.g. LIMIT='timeout --signal=INT 60m'
 LIMIT ?=
 
@@ -34,7 +36,7 @@ ablation: setup ## run the main study on the embedded synthetic data (no network
 	$(PY) study/launch.py ablation $(ARGS)
 
 test: setup ## run the tests that take seconds (SLOW=1: all of them)
-	$(LIMIT) $(PY) -m pytest $(if $(call on,$(SLOW)),,-m 'not slow') $(ARGS)
+	$(LIMIT) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(if $(call on,$(SLOW)),,-m 'not slow') $(ARGS)
 
 lint: setup ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -174,17 +174,6 @@ def test_sharing_is_measured_on_equal_bits() -> None:
     assert told["share of the gain in units, training"].at_least == 0.9
 
 
-@pytest.mark.slow
-def test_ray_with_one_slot_trains_the_same_bits_and_its_pauses_are_seen() -> None:
-    measured = MEASUREMENTS["ray-short"].run(SMALLEST)
-    told = measured.figures
-    assert told["cells with equal bits, share"].value == 1.0
-    assert measured.facts["trials"] > 2
-    assert len(measured.facts["ray_pauses_seconds"][0]) == measured.facts["trials"] - 1
-    assert told["a stage's start in-process"].value > 0
-    assert told["of that, building the trial"].value > 0
-
-
 def test_trials_that_overlap_are_no_measure_of_one_slot() -> None:
     trials = [TrialTimes(10.0, 12.0, 2), TrialTimes(12.5, 14.0, 2), TrialTimes(15.0, 16.0, 1)]
     assert pauses_between(trials) == (0.5, 1.0)
@@ -198,13 +187,6 @@ def test_plain_ray_tune_trains_the_same_cells() -> None:
     assert measured.facts["cells"] == 8
     assert measured.figures["largest difference of a test macro AUC"].met
     assert measured.figures["plain Ray Tune / ours, whole command"].value > 0
-
-
-@pytest.mark.slow
-def test_the_embedded_run_and_the_same_command_again_are_timed() -> None:
-    told = figures("embedded")
-    assert told["the same command again"].value < told["whole command"].value
-    assert told["most memory of all processes"].value > 0.3
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_from_the_start_is_refused_before_anything_is_drawn(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leave", [5_000_000, 13_000_000], ids=["drawing", "decoding"])
+@pytest.mark.parametrize("leave", [13_000_000], ids=["decoding"])
 def test_a_disk_that_fills_up_while_data_is_prepared_is_one_message(leave: int, undisturbed: Ran, disk: Path) -> None:
     ballast = fill(disk, leave)
     launch = completed(disk / "storage")
@@ -295,21 +295,3 @@ def test_a_second_driver_of_a_study_is_told_who_runs_it_at_once(tmp_path: Path) 
         assert third.until(lambda: "preparing" in third.output), "the system has freed the lock of the killed driver"
     finally:
         third.end()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_studies_that_share_stages_end_right_when_they_run_at_once_in_one_storage(
-    undisturbed: Ran, tmp_path: Path
-) -> None:
-    text = (ROOT / "study" / "studies" / "ablation.yaml").read_text(encoding="utf-8")
-    assert "study: ablation\n" in text
-    (tmp_path / "twin.yaml").write_text(text.replace("study: ablation\n", "study: twin\n"), encoding="utf-8")
-    storage = tmp_path / "storage"
-    with launched(storage) as one, launched(storage, study=str(tmp_path / "twin.yaml")) as other:
-        assert (one.wait(900), other.wait(900)) == (0, 0), one.output + other.output
-    for launch in (one, other):
-        assert not {"damaged", "again", "failed", "Traceback"} & set(launch.output.split()), launch.output
-    same_results(storage, undisturbed)
-    same_results(storage, undisturbed, study="twin")
-    every_run_once(f"sqlite:///{storage / 'mlflow.db'}", undisturbed.plan)

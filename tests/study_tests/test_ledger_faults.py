@@ -125,14 +125,6 @@ def test_a_driver_killed_at_any_commit_is_made_good_by_the_next(tmp_path: Path) 
         assert found == whole
 
 
-@pytest.mark.slow
-def test_a_driver_killed_at_every_single_commit_is_made_good_by_the_next(tmp_path: Path) -> None:
-    whole, *resumed = states_after_kills(tmp_path, Sample(ending={(ROWS[0], 1): "FAILED"}), stride=1)
-    assert len(resumed) > 90
-    for found in resumed:
-        assert found == whole
-
-
 def test_a_cell_of_a_killed_driver_is_running_and_taken_over(uri: str) -> None:
     def driver() -> None:
         ledger = opened(uri)
