@@ -80,7 +80,6 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
         (lambda t: {name: value.half() for name, value in t.items()}, ""),
         (lambda t: {"encoder": torch.zeros(1)}, "79 of 79 tensors are missing"),
     ],
-    ids=str,
 )
 def test_tensors_that_are_missing_unexpected_or_of_another_shape(
     folder: Path, change: Callable[[Tensors], Tensors], said: str
