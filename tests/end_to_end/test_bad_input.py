@@ -64,7 +64,7 @@ def test_options_that_do_not_fit_the_study_are_said_at_once_and_by_their_own_nam
         "error --seeds 0,0,-1: seeds.2: expected at least 0; found -1",
         "error -o strategy.depht=4: unknown key; did you mean strategy.depth?",
         "error -o optimiser=3: expected a group of keys (batch_size, encoder_lr, head_lr",
-        "error -o strategy.unfreezing=slow: expected 'none', 'progressive' or 'static'; found 'slow'",
+        "error -o strategy.unfreezing=slow: expected 'none', 'progressive', 'static' or 'plain'; found 'slow'",
         "error -o strategy.depth=0: expected at least 1 or 'all'; found 0",
         "error -o weighting.decay=3: unknown key; did you mean ema.decay?",
         "error -o title.of=x: title is not a group of keys",
