@@ -130,7 +130,9 @@ def _classes() -> tuple[str, ...]:
     return CLASSES
 
 
-def test_all_images_that_cannot_be_read_are_counted_before_training_and_no_cache_is_taken_for_whole(tmp_path: Path) -> None:
+def test_all_images_that_cannot_be_read_are_counted_before_training_and_no_cache_is_taken_for_whole(
+    tmp_path: Path,
+) -> None:
     root, storage = chest_data(tmp_path / "nih"), tmp_path / "results"
     images = sorted((root / "images").iterdir())
     for path in images[1:5]:
