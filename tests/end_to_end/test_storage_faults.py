@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -60,11 +61,17 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """Take what is free, but for some bytes."""
+    """Take what is free, but for some bytes; whoever writes at the same time may be quicker, so try again."""
     ballast = disk / "ballast"
     with ballast.open("ab", buffering=0) as file:
-        free = shutil.disk_usage(disk).free - leave
-        os.posix_fallocate(file.fileno(), 0, max(4096, file.tell() + free - 4096))
+        for _ in range(100):
+            free = shutil.disk_usage(disk).free - leave
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(4096, file.tell() + free - 4096))
+                break
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
     return ballast
 
 
