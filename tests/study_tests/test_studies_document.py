@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from study.options import read_data_roots, read_overrides
-from study.spec import Choices, find_study, load_study, shipped_studies
+from study.spec import Choices, find_study, load_study, shipped_joint_studies, shipped_studies
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "studies.md").read_text()
@@ -29,7 +29,7 @@ def test_every_shipped_study_is_told_of_and_none_else() -> None:
         for line in table.splitlines()[2:]
         for name in re.findall(r"`(\w+)`", line.split("|")[1:2][0] if "|" in line else "")
     }
-    assert told == set(shipped_studies())
+    assert told == {*shipped_studies(), *shipped_joint_studies()}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.endswith("--plan")])
