@@ -19,6 +19,7 @@ from trainables.data.index import UNLABELLED, Index
 from trainables.metrics import class_aucs, macro, undefined
 from trainables.settings import Settings
 from trainables.task import Rows, Scores, StagedModel
+from trainables.transforms import image_transforms
 
 
 def classification_costs(backbone: Backbone | Baseline, settings: Settings, classes: int) -> Costs:
@@ -123,11 +124,4 @@ class Classification:
 
     def transforms(self) -> dict[str, object]:
         """Size, fit and normalisation as applied."""
-        return {
-            "image_size": int(self._images.pixels.shape[1]),
-            "channels": int(self._images.pixels.shape[3]),
-            "fit": self._settings.dataset.fit,
-            "mean": self._mean.flatten().tolist(),
-            "std": self._std.flatten().tolist(),
-            "augmentation": "none",
-        }
+        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std)

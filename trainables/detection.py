@@ -18,6 +18,7 @@ from trainables.detectors import Detector, detector_costs
 from trainables.metrics import macro, undefined
 from trainables.settings import Settings
 from trainables.task import Rows, Scores
+from trainables.transforms import image_transforms
 from trainables.ultralytics_models import Outputs, StagedDetector, Targets, build_detector
 
 _CANDIDATES = 3000  # boxes an image that suppression looks at, highest scores first; COCO keeps 100
@@ -137,14 +138,7 @@ class Detection:
 
     def transforms(self) -> dict[str, object]:
         """Size, fit and normalisation as applied."""
-        return {
-            "image_size": int(self._images.pixels.shape[1]),
-            "channels": int(self._images.pixels.shape[3]),
-            "fit": self._settings.dataset.fit,
-            "mean": self._mean.flatten().tolist(),
-            "std": self._std.flatten().tolist(),
-            "augmentation": "none",
-        }
+        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std)
 
     def _truth(self, rows: Rows) -> Truth:
         image, number = self._boxes.of(rows)

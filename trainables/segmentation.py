@@ -27,6 +27,7 @@ from trainables.sam2_files import Sam2Files
 from trainables.settings import SegmentationSettings, Settings
 from trainables.strategy import stream
 from trainables.task import Rows, Scores
+from trainables.transforms import image_transforms
 
 _AT_ONCE = 64  # images whose masks are unpacked together when scored
 
@@ -174,13 +175,7 @@ class Segmentation:
     def transforms(self) -> dict[str, object]:
         """Size, fit, normalisation, prompts and masks as applied."""
         given = self._settings.segmentation
-        return {
-            "image_size": self._masks.size,
-            "channels": int(self._images.pixels.shape[3]),
-            "fit": self._settings.dataset.fit,
-            "mean": self._mean.flatten().tolist(),
-            "std": self._std.flatten().tolist(),
-            "augmentation": "none",
+        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std) | {
             "prompts": {"training": ["whole image", f"noisy {given.prompt}"], "evaluation": list(PROMPTS)},
             "masks": dict(zip(self.classes, self._masks.known.sum(axis=0).tolist(), strict=True)),
         }
