@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from study.chains import digest
 from study.documents import StudyError
+from study.places import NO_ROOM, AwayError
 from study.plan import Plan
-from study.store import NO_ROOM, Store
+from study.store import Store
 from trainables.data.images import Told
 from trainables.data.index import DataError
 from trainables.data.opened import Folders, open_away, open_data, refuse_images_in_both
@@ -128,6 +129,8 @@ def _open_beside(data: DatasetSettings, store: Store, name: str, console: Consol
 
 
 def _unusable(name: str, store: Store, error: OSError) -> str:
+    if isinstance(error, AwayError):
+        return str(error)
     remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
     return f"preparing {name}: {error.filename or store.root}: {error.strerror}; {remedy}"
 

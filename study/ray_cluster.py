@@ -96,7 +96,7 @@ def survey(schedule: Schedule, store: Store, resources: Mapping[str, float]) -> 
     cloudpickle.register_pickle_by_value(node_survey)  # the project may be missing there
     ask = ray.remote(num_cpus=0, max_retries=0)(node_survey.look)
     faults: dict[str, list[str]] = {}
-    with node_survey.wanted(store.root, data, encoders) as wanted:
+    with node_survey.wanted(store.address, data, encoders) as wanted:
         asked = {}
         for node in ray.nodes():
             if _room(node, resources):

@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 from study import worker_faults
 from study.documents import StudyError
 from study.executors import Attempts, Listener, Worker, placed, worker_at
+from study.places import Address
 from study.ray_cluster import cluster, first_line, require_slots, slots, survey
 from study.schedule import Node, Schedule
 from study.spec import Execution
@@ -139,6 +140,7 @@ class StageSearcher(Searcher):
             "name": node.name.replace("/", "-"),
             "request": cloudpickle.dumps(placed(node.request)),
             "storage": str(self._store.root),
+            "uri": self._store.address.uri or "",
             "caches": self._store.cache_folder() is not None,
             "resources": self._resources,
         }
@@ -310,7 +312,8 @@ class TrialActor(tune.Trainable):
         """Set the trial up, or train an epoch."""
         if self._worker is None:
             assert self._next is not None
-            self._worker = worker_at(Path(self._next["storage"]), caches=self._next["caches"])
+            storage = Address(Path(self._next["storage"]), self._next["uri"] or None)
+            self._worker = worker_at(storage, caches=self._next["caches"])
         if self._next is not None:
             self._worker.take(cloudpickle.loads(self._next["request"]))
             self._next = None

@@ -106,6 +106,7 @@ class TrialRequest:
         cache: which frozen prefixes may be cached.
         compute: device kind, threads and precision.
         mixed: go on from states of other hardware or library versions.
+        index: digest of the data set's table and split as they were planned with; empty: not compared.
     """
 
     name: str
@@ -118,6 +119,7 @@ class TrialRequest:
     cache: CacheRequest
     compute: Compute
     mixed: bool = False
+    index: str = ""
 
     @property
     def last(self) -> int:

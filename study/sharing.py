@@ -1,0 +1,104 @@
+"""Files that one machine writes and others need, copied between its folder and a storage on a URI: splits, reports.
+
+In a storage that is a folder they lie where they belong already, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from study.documents import StudyError
+from study.durable import make_folder, write_file
+from study.places import LOCAL, Address, AwayError, Place, place_of
+
+
+def bring(address: Address, below: str, place: Place | None = None, into: Path | None = None) -> None:
+    """Copy the files below a name that this machine does not have.
+
+    Args:
+        into: folder to put them under, if not the address's own.
+
+    Raises:
+        AwayError: the store cannot be read.
+    """
+    if address.uri is None:
+        return
+    place, folder = place or place_of(address), into or address.folder
+    for name in place.names(below):
+        path = folder / name
+        data = None if path.is_file() else place.get(name)
+        if data is not None:
+            make_folder(path.parent)
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            write_file(partial, data)
+            partial.replace(path)
+
+
+def share(address: Address, below: str, place: Place | None = None) -> None:
+    """Copy this machine's files below a name to the store, those that are not as they are here.
+
+    Raises:
+        AwayError: the store cannot be written.
+    """
+    if address.uri is None:
+        return
+    place = place or place_of(address)
+    for path in sorted((address.folder / below).rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            name, data = str(path.relative_to(address.folder)), path.read_bytes()
+            if place.get(name) != data:
+                place.put(name, data)
+
+
+def share_study(address: Address, study: str) -> None:
+    """Copy a study's report, and the images that it shows, to the store.
+
+    Raises:
+        AwayError: the store cannot be written.
+    """
+    if address.uri is not None:
+        place = place_of(address)
+        for part in ("report", "pictures"):
+            share(address, f"{study}/{part}", place)
+
+
+def reach(address: Address) -> None:
+    """Find out within seconds whether a storage on a URI can be read, and have its splits here for planning.
+
+    Raises:
+        StudyError: it cannot be.
+    """
+    if address.uri is None:
+        return
+    from study.object_store import ObjectStore
+
+    try:
+        bring(address, "splits", ObjectStore(address.uri, address.folder).hurried())
+    except AwayError as error:
+        raise StudyError([str(error)]) from error
+    except OSError as error:
+        told = f"{error.filename or address.folder}: {error.strerror}; name another folder by {LOCAL}"
+        raise StudyError([f"--storage {address.uri}: {told}"]) from error
+
+
+@contextmanager
+def written_report(address: Address, study: str) -> Iterator[Path]:
+    """The folder of a study's report as the storage has it: of one on a URI a copy, wherever it was written.
+
+    Raises:
+        AwayError: the store cannot be read.
+    """
+    if address.uri is None:
+        yield address.folder / study / "report"
+        return
+    copy = Path(tempfile.mkdtemp(prefix="spft-report-"))
+    try:
+        bring(address, f"{study}/report", into=copy)
+        yield copy / study / "report"
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
