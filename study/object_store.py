@@ -50,17 +50,16 @@ Entry = dict[str, Any]  # of a manifest: object, size, sha256, mark
 class ObjectStore:
     """A prefix of an object store. Implements `study.places.Place`."""
 
-    def __init__(self, uri: str, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, uri: str, folder: Path) -> None:
         """Connect when it is first used.
 
         Args:
             uri: scheme://bucket/prefix, without credentials.
             folder: on this machine, for copies of what only a file will do.
-            patience_s: how long what fails is tried again.
         """
         self.uri = uri
         self._folder = folder
-        self._patience_s = patience_s
+        self._patience_s = PATIENCE_S
         self._scheme, _, self._root = uri.partition("://")
         self._files, self._failures = _client(self._scheme)
 
@@ -256,7 +255,8 @@ class ObjectStore:
         """Name → what a listing tells of each object below a name."""
         with self._bucket_needed():
             found = self._tried(self._files.find, self._path(below), detail=True)
-        return {path.removeprefix(f"{self._root}/"): told for path, told in found.items()}
+        inside = f"{self._path(below)}/"  # where nothing is found, fsspec tells of the name itself
+        return {path.removeprefix(f"{self._root}/"): told for path, told in found.items() if path.startswith(inside)}
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -31,12 +32,16 @@ class Store:
 
     Attributes:
         refuses: status that writes are answered with instead of being done; None: they are done.
+        writes_left: writes that are done before the rest is refused by 503; None: all.
+        conditional: whether it heeds that an object may only be written if it is not there.
         requests: methods and paths of what was asked, in order.
     """
 
     def __init__(self) -> None:
         self.bucket = f"bucket-{uuid4().hex[:12]}"
         self.refuses: int | None = None
+        self.writes_left: int | None = None
+        self.conditional = True
         self.requests: list[tuple[str, str]] = []
         self._behind: Application = DomainDispatcherApplication(create_backend_app)
         self._server: BaseWSGIServer | None = None
@@ -46,6 +51,7 @@ class Store:
 
     def start(self) -> None:
         """Serve, at the port of before if it was stopped; what was kept is still there."""
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
         self._server = make_server("127.0.0.1", self.port, self._answer, threaded=True)
         self.port = self._server.port
         threading.Thread(target=self._server.serve_forever, name="object store", daemon=True).start()
@@ -105,8 +111,14 @@ class Store:
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path))
-        if self.refuses is not None and method in WRITES:
-            return Response(REFUSALS[self.refuses], status=self.refuses, mimetype="application/xml")(environ, start)
+        refused = self.refuses if method in WRITES else None
+        if refused is None and method in WRITES and self.writes_left is not None:
+            refused = None if self.writes_left > 0 else 503
+            self.writes_left -= 1
+        if refused is not None:
+            return Response(REFUSALS[refused], status=refused, mimetype="application/xml")(environ, start)
+        if not self.conditional:
+            environ.pop("HTTP_IF_NONE_MATCH", None)
         return self._behind(environ, start)
 
 
