@@ -41,7 +41,7 @@ from study.preparing import prepare_away, prepare_data, require_disk
 from study.progress import Progress
 from study.schedule import Node, Schedule, pending_schedule
 from study.store import GO_ON, Store
-from trainables.cache_files import cache_name, record_of, release
+from trainables.cache_files import cache_name, release
 from trainables.results import CellResult, EpochRecord
 
 log = logging.getLogger(__name__)
@@ -341,7 +341,7 @@ class Session:
 
     def _cache_units(self, results: Sequence[tuple[Chain, CellResult]]) -> dict[str, int]:
         names = {record.cache for _, result in results for record in result.history if record.cache is not None}
-        return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
+        return self._store.cache_units(names)
 
 
 def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:

@@ -182,7 +182,10 @@ class Worker:
         assert self._request is not None, "a worker takes a trial before it works"
         try:
             if self._trial is not None:
-                return self._trial.step()
+                record = self._trial.step()
+                if self._trial.done:
+                    self._store.note_caches()
+                return record
             self._trial = self._begin(self._request)
             return None
         except (BackboneError, DataError) as error:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from study.chains import digest
 from study.documents import StudyError
-from study.places import NO_ROOM, AwayError
+from study.places import LOCAL, NO_ROOM, AwayError
 from study.plan import Plan
 from study.store import Store
 from trainables.data.images import Told
@@ -35,15 +35,18 @@ def require_disk(plan: Plan, store: Store) -> None:
         StudyError: with what is wanted and what is free.
     """
     free = shutil.disk_usage(store.root).free
-    if plan.disk_bytes <= free:
+    needed = plan.disk_bytes if store.address.uri is None else plan.cache_bytes
+    if needed <= free:
         return
-    wanted = plan.disk_bytes - _written(store.root)
+    wanted = needed - _written(store.root)
     if wanted > free:
+        what, where = "images, caches, states and weights", f"--storage {store.root}"
+        if store.address.uri is not None:
+            what, where = "images and caches", f"{store.root} (see {LOCAL})"
         raise StudyError(
             [
-                f"--storage {store.root}: the study takes {wanted / 1e9:,.1f} GB for images, caches, states and "
-                f"weights, {free / 1e9:,.1f} GB are free; make room, choose another --storage, or a smaller "
-                "dataset.image_size"
+                f"{where}: the study takes {wanted / 1e9:,.1f} GB for {what}, {free / 1e9:,.1f} GB are free; make "
+                "room, choose another --storage, or a smaller dataset.image_size"
             ]
         )
 

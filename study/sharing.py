@@ -1,20 +1,23 @@
-"""Files that one machine writes and others need, copied between its folder and a storage on a URI: splits, reports.
+"""Files that one machine writes and others need, copied between its folder and a storage on a URI.
 
-In a storage that is a folder they lie where they belong already, and nothing is copied.
+Splits, reports, and what activation caches have cost. In a storage that is a folder they lie where they belong already,
+and nothing is copied.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from study.documents import StudyError
 from study.durable import make_folder, write_file
 from study.places import LOCAL, Address, AwayError, Place, place_of
+from trainables.cache_files import record_of
 
 
 def bring(address: Address, below: str, place: Place | None = None, into: Path | None = None) -> None:
@@ -102,3 +105,53 @@ def written_report(address: Address, study: str) -> Iterator[Path]:
         yield copy / study / "report"
     finally:
         shutil.rmtree(copy, ignore_errors=True)
+
+
+# -- what activation caches have cost, wherever they were built ------------------------------------------------------
+
+
+def note_caches(address: Address, place: Place, noted: dict[str, int]) -> None:
+    """Tell a storage on a URI the units that this machine's activation caches have cost.
+
+    Args:
+        noted: name of a cache → units that were told already; brought up to date.
+
+    Raises:
+        AwayError: the store cannot be written.
+    """
+    if address.uri is None:
+        return
+    folder = address.folder / "activations"
+    for path in folder.glob("*"):
+        units = int(record_of(path).get("units", 0))
+        if units != noted.get(path.name, 0):
+            place.put(f"caches/{path.name}/{_machine(folder)}", str(units).encode())
+            noted[path.name] = units
+
+
+def cache_units(address: Address, place: Place, names: Iterable[str]) -> dict[str, int]:
+    """Units that building caches has cost: on this machine, and on those that have told.
+
+    Raises:
+        AwayError: the store cannot be read.
+    """
+    folder = address.folder / "activations"
+    units = {name: int(record_of(folder / name).get("units", 0)) for name in names}
+    if address.uri is not None:
+        for told in place.names("caches"):
+            _, name, machine = told.split("/")
+            if name in units and machine != _machine(folder):
+                units[name] += int(place.get(told) or 0)
+    return units
+
+
+def _machine(folder: Path) -> str:
+    """A name for the machine that a folder is on, by a file in it: machines that share the folder are one."""
+    path = make_folder(folder) / ".machine"
+    if not path.is_file():
+        partial = path.with_name(f".machine.{secrets.token_hex(4)}")
+        write_file(partial, secrets.token_hex(8).encode())
+        with suppress(FileExistsError):  # another process was first
+            path.hardlink_to(partial)
+        partial.unlink()
+    return path.read_text()

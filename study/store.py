@@ -23,7 +23,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from study.documents import StudyError
 from study.durable import make_folder
 from study.places import LEAST_ROOM, LOCAL, Address, AwayError, LocalFolder, place_of
 from study.seals import sealed, unsealed
-from study.sharing import bring, share
+from study.sharing import bring, cache_units, note_caches, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,7 @@ class Store:
         """
         address = Address.of(storage)
         self._caches = caches
+        self._noted: dict[str, int] = {}
         self.root = address.folder.resolve()
         self.address = Address(self.root, address.uri)
         self.place = place_of(self.address)
@@ -107,6 +108,14 @@ class Store:
     def share_splits(self) -> None:
         """Give the storage the splits that were made on this machine."""
         share(self.address, "splits", self.place)
+
+    def note_caches(self) -> None:
+        """Give the storage the record of what this machine's activation caches have cost."""
+        note_caches(self.address, self.place, self._noted)
+
+    def cache_units(self, names: Iterable[str]) -> dict[str, int]:
+        """Name of an activation cache → units that building it has cost, on all machines together."""
+        return cache_units(self.address, self.place, names)
 
     # -- folders ------------------------------------------------------------------------------------------------------
 

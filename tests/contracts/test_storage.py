@@ -30,6 +30,7 @@ from tests.object_stores import SECRET, address_of, object_store
 from tests.object_stores import Store as Server
 from tests.store_samples import KEY, LEAF, OBSERVER, always, checkpoint, result, said
 from tests.studies_for_tests import ROOT
+from trainables.cache_files import write_record
 from trainables.results import TrainingError
 
 STATES = [TENSORS, STATE]
@@ -453,6 +454,25 @@ def test_splits_and_reports_go_to_the_store_and_from_there_to_other_machines(
     (theirs.folder / "splits" / "phantom.csv").write_text("kept")
     bring(theirs, "splits")
     assert (theirs.folder / "splits" / "phantom.csv").read_text() == "kept", "what is here is checked by its digest"
+
+
+def test_what_caches_cost_is_counted_once_for_each_machine_that_built_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def machine(name: str, units: int) -> Store:
+        monkeypatch.setenv("SPFT_LOCAL", str(tmp_path / name))
+        store = Store(Address.at(server.uri))
+        (store.activations() / "cache").mkdir(exist_ok=True)
+        write_record(store.activations() / "cache", {"units": units, "builds": 1, "present": True})
+        store.note_caches()
+        store.note_caches()
+        return store
+
+    one, two = machine("one", 30), machine("two", 12)
+    again = machine("two", 20)  # built on after damage, by another process there
+    assert two.cache_units(["cache"]) == one.cache_units(["cache"]) == again.cache_units(["cache"]) == {"cache": 50}
+    assert one.cache_units(["another"]) == {"another": 0}
+    assert len(server.objects("caches")) == 2
 
 
 def test_a_large_object_is_written_in_parts_and_comes_back(server: Server) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from fault_checks import HASHES, every_run_once, same_results
 
+from analysis.records import load
 from study import object_store as module
 from study.interrupts import StudyHaltedError
 from study.places import Address
@@ -189,6 +190,8 @@ def test_nodes_without_a_shared_folder_train_to_the_bits_of_one_machine(
     assert done.process.returncode == 0, done.output
     driver = Address(Path(environment["SPFT_LOCAL"]) / address_of(server).folder.relative_to(os.environ["SPFT_LOCAL"]))
     same_results(driver.folder, undisturbed, f"sqlite:///{driver.folder / 'mlflow.db'}")
+    units = load(f"sqlite:///{driver.folder / 'mlflow.db'}", "ablation").header.units
+    assert units.executed >= units.shared, "caches that another node has built are counted"
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists(), "they kept their own to themselves"
 
 
