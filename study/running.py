@@ -238,5 +238,5 @@ def _silence(verbose: bool) -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    for name in ("mlflow", "alembic", "ray", "transformers", "urllib3", "git"):
+    for name in ("mlflow", "alembic", "ray", "transformers", "urllib3", "git", "botocore", "aiobotocore"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
