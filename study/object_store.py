@@ -16,6 +16,7 @@ Whatever the store refuses is tried again for a while, since stores restart and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -129,7 +130,7 @@ class ObjectStore:
         for name, data in files.items():
             there = listed.get(f"{bundle}/{token}/{name}", {})
             if there.get("size") != len(data):
-                raise AwayError(5, f"{bundle}/{name} is not what was just written", self.uri, INCONSISTENT)
+                raise AwayError(errno.EIO, f"{bundle}/{name} is not what was just written", self.uri, INCONSISTENT)
             digest = hashlib.sha256(data).hexdigest()
             manifest[name] = {"object": f"{token}/{name}", "size": len(data), "sha256": digest, "mark": _mark(there)}
         self.put(f"{bundle}/{MANIFEST}", sealed({"files": manifest}))
@@ -202,7 +203,7 @@ class ObjectStore:
         name, data, quick = f"partial/{secrets.token_hex(8)}", secrets.token_bytes(16), self.hurried()
         quick.put(name, data)
         if quick.get(name) != data:
-            raise AwayError(5, "what was just written is not what is read", self.uri, INCONSISTENT)
+            raise AwayError(errno.EIO, "what was just written is not what is read", self.uri, INCONSISTENT)
         quick.remove(name)
 
     def largest(self, below: str, name: str) -> int:
@@ -270,7 +271,9 @@ class ObjectStore:
             yield
         except FileNotFoundError as error:
             bucket = self._root.partition("/")[0]
-            raise AwayError(2, f"there is no bucket {bucket}", self.uri, "make it, or mend the address") from error
+            raise AwayError(
+                errno.ENOENT, f"there is no bucket {bucket}", self.uri, "make it, or mend the address"
+            ) from error
 
     def _written(self, name: str) -> datetime:
         found: datetime = self._tried(self._files.modified, self._path(name))
@@ -342,13 +345,13 @@ def _explained(error: BaseException, uri: str) -> AwayError:
     rights = "that they may list, read, write and delete there"
     if "Credentials" in kind:
         where = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine"
-        return AwayError(13, f"no credentials are found ({said})", uri, f"give them: {where}")
+        return AwayError(errno.EACCES, f"no credentials are found ({said})", uri, f"give them: {where}")
     if isinstance(error, PermissionError):
-        return AwayError(13, f"the store refuses it ({said})", uri, f"check the credentials, and {rights}")
+        return AwayError(errno.EACCES, f"the store refuses it ({said})", uri, f"check the credentials, and {rights}")
     if kind.endswith(("ConnectionError", "ConnectTimeoutError", "TimeoutError", "ConnectionClosedError")):
         remedy = "start it, or mend AWS_ENDPOINT_URL or the network"
-        return AwayError(110, f"the store cannot be reached ({said})", uri, remedy)
-    return AwayError(5, f"the store fails ({said})", uri, "wait until it serves again")
+        return AwayError(errno.ETIMEDOUT, f"the store cannot be reached ({said})", uri, remedy)
+    return AwayError(errno.EIO, f"the store fails ({said})", uri, "wait until it serves again")
 
 
 def _without_credentials(text: str) -> str:

@@ -42,11 +42,15 @@ def bring(address: Address, below: str, place: Place | None = None, into: Path |
             partial.replace(path)
 
 
-def share(address: Address, below: str, place: Place | None = None) -> None:
+def share(address: Address, below: str, place: Place | None = None, *, replace: bool = True) -> None:
     """Copy this machine's files below a name to the store, those that are not as they are here.
+
+    Args:
+        replace: other files of the same names; else they are refused.
 
     Raises:
         AwayError: the store cannot be written.
+        StudyError: it has other files.
     """
     if address.uri is None:
         return
@@ -54,7 +58,10 @@ def share(address: Address, below: str, place: Place | None = None) -> None:
     for path in sorted((address.folder / below).rglob("*")):
         if path.is_file() and not path.name.startswith("."):
             name, data = str(path.relative_to(address.folder)), path.read_bytes()
-            if place.get(name) != data:
+            there = place.get(name)
+            if not replace and there not in (None, data):
+                raise StudyError([f"{path} is not the one in {address.uri}; remove it, and run the same command again"])
+            if there != data:
                 place.put(name, data)
 
 

@@ -106,8 +106,12 @@ class Store:
         bring(self.address, "splits", self.place)
 
     def share_splits(self) -> None:
-        """Give the storage the splits that were made on this machine."""
-        share(self.address, "splits", self.place)
+        """Give the storage the splits that were made on this machine.
+
+        Raises:
+            StudyError: it has others, as where another machine has split the same data at the same time.
+        """
+        share(self.address, "splits", self.place, replace=False)
 
     def note_caches(self) -> None:
         """Give the storage the record of what this machine's activation caches have cost."""

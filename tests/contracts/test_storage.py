@@ -453,6 +453,9 @@ def test_splits_and_reports_go_to_the_store_and_from_there_to_other_machines(
     assert (theirs.folder / "splits" / "phantom.csv").read_text() == "ours"
     (theirs.folder / "splits" / "phantom.csv").write_text("kept")
     bring(theirs, "splits")
+    with pytest.raises(StudyError, match=r"phantom\.csv is not the one in s3://.* remove it"):
+        Store(theirs).share_splits()
+    assert server.objects("splits") == {"splits/phantom.csv": b"ours"}
     assert (theirs.folder / "splits" / "phantom.csv").read_text() == "kept", "what is here is checked by its digest"
 
 
