@@ -26,6 +26,7 @@ from study.places import Address, AwayError
 from study.seals import sealed, unsealed
 from study.sharing import bring, reach, share
 from study.store import PREDICTIONS, RESULT, STATE, TENSORS, WEIGHTS, Store, kept_in, result_name, state_name
+from tests.object_stores import KEY as KEY_ID
 from tests.object_stores import SECRET, address_of, object_store
 from tests.object_stores import Store as Server
 from tests.store_samples import KEY, LEAF, OBSERVER, always, checkpoint, result, said
@@ -396,12 +397,18 @@ def test_a_store_that_cannot_be_used_is_one_error_that_names_the_remedy_and_no_s
     elif trouble == "no bucket":
         address = Address.at("s3://no-such-bucket/x")
     else:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:9")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StudyError) as caught:
         Store(address)
     (problem,) = caught.value.problems
     assert problem.startswith(f"--storage {address.uri}: {reason}") and remedy in problem
     assert SECRET not in problem
+
+
+def test_what_a_store_says_is_repeated_without_credentials(server: Server) -> None:
+    said = module._explained(OSError(f"{KEY_ID}:{SECRET} at http://user:{SECRET}@host/x is wrong"), server.uri)
+    assert "wrong" in str(said) and "host/x" in str(said)
+    assert KEY_ID not in str(said) and SECRET not in str(said) and "user" not in str(said)
 
 
 # ------------------------------------------------------------------------------------------------------- addresses
