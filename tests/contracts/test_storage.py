@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -228,6 +228,22 @@ def test_results_in_order_are_not_downloaded_to_be_checked(server: Server) -> No
     assert store.load_result(LEAF, OBSERVER) is not None
     fetched = [path.rpartition("/")[2] for method, path in server.requests if method == "GET" and "/results/" in path]
     assert WEIGHTS not in fetched and PREDICTIONS not in fetched and RESULT in fetched
+
+
+def test_an_epoch_costs_about_a_dozen_requests_whatever_the_size_of_its_state(server: Server) -> None:
+    """As docs/storage.md says."""
+    store = Store(address_of(server))
+
+    def requests(ask: Callable[[], object]) -> int:
+        server.requests.clear()
+        ask()
+        return len(server.requests)
+
+    for size in (50, 100_000):
+        made = checkpoint(size=size)
+        assert requests(lambda made=made: store.save(KEY, made)) == 6  # type: ignore[misc]
+        assert (requests(lambda: store.has_state(KEY)), requests(lambda: store.has_state("n" * 64))) == (1, 2)
+        assert requests(lambda: store.drop(KEY)) == 5
 
 
 # ------------------------------------------------------------------------------------------- writers that do not end

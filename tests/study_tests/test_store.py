@@ -22,9 +22,11 @@ from small_studies import document, planned
 
 from study.documents import StudyError
 from study.executors import LocalExecutor
+from study.places import Address
 from study.plan import Plan
 from study.schedule import Schedule
 from study.store import PREDICTIONS, RESULT, STATE, TENSORS, WEIGHTS, Store
+from tests.object_stores import address_of, object_store
 from tests.store_samples import KEY, LEAF, OBSERVER, always, checkpoint, result, said
 from trainables.data.chestxray14 import CLASSES
 from trainables.requests import Observer
@@ -440,9 +442,9 @@ class Silent:
         self.errors.append(error)
 
 
-def run(plan: Plan, folder: Path) -> tuple[int, dict[str, CellResult]]:
+def run(plan: Plan, storage: Path | Address) -> tuple[int, dict[str, CellResult]]:
     """Run what a storage lacks, as the driver does; number of epochs trained, and results by row."""
-    store, heard = Store(folder), Silent()
+    store, heard = Store(storage), Silent()
 
     def has_result(chain: Any) -> bool:
         return store.load_result(chain.leaf, chain.observer.name) is not None
@@ -454,13 +456,11 @@ def run(plan: Plan, folder: Path) -> tuple[int, dict[str, CellResult]]:
     return heard.epochs, {name: r for name, r in found.items() if r is not None}
 
 
-def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
-    tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def two_rows(folder: Path, encoder: Path) -> Plan:
     rows = [{"name": "two blocks", "set": {"strategy.depth": 2}}, {"name": "all four", "set": {"strategy.depth": 4}}]
     kept = ("Atelectasis", "Effusion", "Infiltration", "Nodule")
-    plan = planned(
-        tmp_path,
+    return planned(
+        folder,
         document(
             rows,
             seeds=[0],
@@ -470,6 +470,12 @@ def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
             stopping={"patience": None},
         ),
     )
+
+
+def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
+    tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = two_rows(tmp_path, encoder)
     storage = tmp_path / "outputs"
     epochs, first = run(plan, storage)
     assert (epochs, set(first)) == (1 + 1 + 1 + 1, {"two blocks", "all four"})  # head, k = 2, then k = 2 or 4
@@ -493,3 +499,26 @@ def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
         now = again[name]
         assert (now.weights_sha256, now.trajectory_sha256) == (before.weights_sha256, before.trajectory_sha256)
         assert json.dumps(now.metrics) == json.dumps(before.metrics)
+
+
+def test_a_study_in_an_object_store_trains_what_it_trains_in_a_folder_and_makes_damage_good(
+    tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = two_rows(tmp_path, encoder)
+    _, expected = run(plan, tmp_path / "outputs")
+    with object_store(tmp_path / "own") as server:
+        storage = address_of(server)
+        epochs, found = run(plan, storage)
+        assert epochs == 4 and run(plan, storage)[0] == 0
+        shared, four = plan.chains[0].keys[1], plan.chains[1]
+        for below in (f"results/{four.leaf[:40]}", f"states/{shared[:40]}"):
+            (name,) = [n for n in server.objects(below) if n.endswith((PREDICTIONS, TENSORS))]
+            data = server.objects(name)[name]
+            server.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+        epochs, again = run(plan, storage)
+        assert epochs == 1 + 1, "from the end of the head stage"
+        assert sum("damaged" in r.message for r in caplog.records) == 2
+    for name, before in expected.items():
+        for now in (found[name], again[name]):
+            assert (now.weights_sha256, now.trajectory_sha256) == (before.weights_sha256, before.trajectory_sha256)
+            assert json.dumps(now.metrics) == json.dumps(before.metrics)
