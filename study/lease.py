@@ -134,8 +134,8 @@ class _Lease:
         return StudyError([f"{self._study} is being run in this storage already{held_by(facts)}{note}"])
 
     def _numbers(self) -> dict[int, str]:
-        names = self._store.names(self._folder)
-        return {int(name.rpartition("/")[2].removesuffix(".json")): name for name in names}
+        names = {name.rpartition("/")[2].removesuffix(".json"): name for name in self._store.names(self._folder)}
+        return {int(number): name for number, name in names.items() if number.isdecimal()}
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

@@ -330,6 +330,8 @@ def _client(scheme: str) -> tuple[Any, tuple[type[BaseException], ...]]:
 def _entry(manifest: Mapping[str, Entry], name: str) -> Entry:
     if name not in manifest:
         raise FileNotFoundError(f"{name} was not written")
+    if not re.fullmatch(rf"[0-9a-f]{{16}}/{re.escape(name)}", manifest[name]["object"]):
+        raise ValueError(f"its manifest names {manifest[name]['object']!r} for {name}")
     return manifest[name]
 
 

@@ -28,11 +28,14 @@ def bring(address: Address, below: str, place: Place | None = None, into: Path |
 
     Raises:
         AwayError: the store cannot be read.
+        StudyError: a name there leads out of the folder.
     """
     if address.uri is None:
         return
     place, folder = place or place_of(address), into or address.folder
     for name in place.names(below):
+        if ".." in name.split("/"):
+            raise StudyError([f"{address.uri}/{name}: no file of a storage is called so; remove it"])
         path = folder / name
         data = None if path.is_file() else place.get(name)
         if data is not None:

@@ -482,6 +482,19 @@ def test_splits_and_reports_go_to_the_store_and_from_there_to_other_machines(
     assert (theirs.folder / "splits" / "phantom.csv").read_text() == "kept", "what is here is checked by its digest"
 
 
+def test_names_that_lead_out_of_a_folder_are_not_followed(server: Server, tmp_path: Path) -> None:
+    store, name = saved(address_of(server)), result_name(LEAF, OBSERVER)
+    facts = unsealed(server.objects()[f"{name}/{MANIFEST}"], MANIFEST)
+    facts["files"][PREDICTIONS]["object"] = f"../../../../../escaped/{PREDICTIONS}"
+    server.write(f"{name}/{MANIFEST}", sealed(facts))
+    assert not store.predictions(LEAF, OBSERVER).exists() and store.load_result(LEAF, OBSERVER) is None
+    server.write("splits/../../escaped.csv", b"x")
+    assert [found for found in store.place.names("splits") if ".." in found], "the server keeps such a name"
+    with pytest.raises(StudyError, match="no file of a storage is called so"):
+        store.bring_splits()
+    assert not [path for path in tmp_path.rglob("*") if "escaped" in path.name]
+
+
 def test_what_caches_cost_is_counted_once_for_each_machine_that_built_them(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
