@@ -1,4 +1,4 @@
-"""The studies of detection and segmentation on real data: full-size models, on every data set that has boxes or masks."""
+"""The studies of detection and segmentation on real data: full-size models, wherever there are boxes or masks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 
 from study.documents import apply
 from study.plan import make_plan
-from study.spec import Choices, Study, find_study, load_study
+from study.spec import Choices, Row, Study, find_study, load_study
 from tests.detection_extra import needs_detection
 from tests.made_datasets import make_tbx11k, make_vindr
 from trainables.data.registry import _ADAPTERS
+from trainables.tasks import TASKS
 
 BOXED = [name for name, adapter in _ADAPTERS.items() if adapter.read_boxes and not adapter.info.synthetic]
 ROWS = ["YOLOv8, plain", "YOLOv8, SPFT", "RT-DETR, plain", "RT-DETR, SPFT"]
@@ -69,3 +70,17 @@ def test_detection_is_planned_on_vindr_cxr_and_tbx11k_together(tmp_path: Path) -
     # A published detector of 80 classes has 11.2 million parameters; a pass at 640 px costs 14.3 · 10⁹ products.
     costs = plan.chains[0].material.model.costs
     assert 10_000_000 < sum(costs.block_parameters) + costs.head_parameters < 11_200_000
+
+
+def test_tables_say_how_boxes_and_masks_were_measured() -> None:
+    (detection,) = {line for row in on("detection", "coco").rows for line in notes_of(row, "coco") if "AP by" in line}
+    for said in ("faster-coco-eval", "640 px (letterbox)", "100 boxes an image (maxDets)", "one threshold for all"):
+        assert said in detection
+    masks = {line for row in on("segmentation", "jsrt").rows for line in notes_of(row, "jsrt")}
+    for said in ("at 1024 px (crop)", "box around the whole image", "Figures named oracle", "multiply all that their"):
+        assert any(said in line for line in masks), said
+
+
+def notes_of(row: Row, dataset: str) -> tuple[str, ...]:
+    settings = row.settings[dataset]
+    return TASKS[settings.task].notes(settings)
