@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from coco_reference import Predictions, by_pycocotools
 from scipy.special import expit
 
 import tests.detection_extra_alone  # noqa: F401
+from tests.coco_reference import Predictions, by_pycocotools
 from tests.task_cases import CASES, CPU, Case, opened
 from trainables.data.box_targets import load_box_targets
 from trainables.detection import Detection

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_segmentation import segmentation_data, segmentation_settings, segmentation_task
 from tiny_trials import trajectory
 
-from tests.studies_for_tests import run_study
+from tests.studies_for_tests import Ran, run_study
 from trainables.data.opened import Data
 from trainables.sam2 import load_sam2
 from trainables.sam2_files import find_sam2
@@ -110,3 +111,24 @@ def test_every_cell_of_the_ablation_is_that_of_a_run_without_sharing(tmp_path: P
     units = shared.header.units
     assert units.executed == shared.plan.units.shared
     assert units.executed < alone.header.units.executed / 2
+    _figures_follow_from_kept_predictions(shared, ours)
+
+
+def _figures_follow_from_kept_predictions(ran: Ran, cells: pd.DataFrame) -> None:
+    """Dice by sets of pixels, from the files alone."""
+    predictions = ran.records().predictions
+    for _, cell in cells.iterrows():
+        with np.load(predictions[cell["mlflow_run_id"]]) as kept:
+            pixels = int(kept["size"]) ** 2
+            predicted, truth = (np.unpackbits(kept[name], axis=-1, count=pixels) for name in ("predicted", "truth"))
+            structures = kept["classes"].tolist()
+        for p, label in enumerate(("", "_oracle")):
+            means = []
+            for c, name in enumerate(structures):
+                pairs = [
+                    (set(np.flatnonzero(mine)), set(np.flatnonzero(true)))
+                    for mine, true in zip(predicted[:, c, p], truth[:, c], strict=True)
+                ]
+                means.append(np.mean([2 * len(a & b) / (len(a) + len(b)) for a, b in pairs]))
+                assert cell[f"dice{label}/{name}"] == pytest.approx(means[-1], abs=1e-12)
+            assert cell[f"mean_dice{label}"] == pytest.approx(np.mean(means), abs=1e-12)
