@@ -295,3 +295,23 @@ def test_a_detector_can_learn_eight_phantoms_by_heart(
     for _ in range(steps):
         t.train_epoch()
     assert t.evaluate(eight).metrics["map50"] >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["yolov8s", "rtdetr-l"])
+def test_published_detectors_train_layer_by_layer_in_our_loop(backbone: str, drawn: Path) -> None:
+    """Of the size that studies of real data use: the head alone, then all ten layers of the backbone as well."""
+    case = Case(f"detection by {backbone}", "detection", {**YOLO.changes, "model": {"backbone": backbone}})
+    changes = {"strategy": {"tune_epochs": 1, "depth": "all", "step": 10}, "weighting": {"enabled": True}}
+    task = case.open(drawn, **changes)
+    t = case.trajectory(task, **changes)
+    for k in (0, 10):
+        before = [[p.detach().clone() for p in block.parameters()] for block in t.model.blocks()]
+        record = t.train_epoch()
+        assert record.metrics["unfrozen_blocks"] == k
+        assert np.isfinite(record.metrics["train/loss"])
+        moved = [
+            any(not torch.equal(a, b) for a, b in zip(old, block.parameters(), strict=True))
+            for old, block in zip(before, t.model.blocks(), strict=True)
+        ]
+        assert moved == [k > 0] * 10

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_segmentation import segmentation_data, segmentation_settings, segmentation_task
 from tiny_trials import trajectory
+from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from tests.studies_for_tests import Ran, run_study
 from trainables.data.opened import Data
@@ -55,6 +56,25 @@ def test_a_pretrained_decoder_is_the_same_for_every_seed(drawn: Data, tmp_path: 
     assert weights_sha256(task.build(0)) == weights_sha256(task.build(1))
     runs = [trajectory(task, segmentation_settings(), seed=seed).train_epoch().trajectory_sha256 for seed in (0, 1)]
     assert runs[0] != runs[1], "seeds act by the order of images"
+
+
+@pytest.mark.slow
+def test_a_sam2_of_published_size_trains_its_memory_attention_in_our_loop(drawn: Data, tmp_path: Path) -> None:
+    """39 million parameters in facebook/sam2.1-hiera-tiny's shape, as a folder that a user has."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Sam2VideoModel(Sam2VideoConfig())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(39e6, rel=0.01)
+    model.save_pretrained(tmp_path)
+    strategy = {"head_epochs": 1, "tune_epochs": 1, "depth": 4, "step": 4}
+    settings = segmentation_settings(model={"backbone": str(tmp_path)}, strategy=strategy)
+    t = trajectory(segmentation_task(settings, drawn), settings)
+    for k in (0, 4):
+        before = {name: tensor.detach().clone() for name, tensor in named_tensors(t.model)}
+        record = t.train_epoch()
+        assert np.isfinite(record.metrics["train/loss"])
+        moved = {name.split(".")[0] for name, tensor in named_tensors(t.model) if not torch.equal(tensor, before[name])}
+        assert moved == {"mask_decoder", *(["memory_blocks"] if k else [])}
 
 
 class Memorising(Segmentation):
