@@ -262,6 +262,19 @@ def test_class_counts_are_images_with_and_without_a_box_of_the_class(drawn: Path
     assert (positives + negatives == len(train)).all()
 
 
+def test_class_weights_start_from_training_images_with_and_without_a_box(drawn: Path) -> None:
+    """They follow AP50 from then on: what `score` gives as quality is compared with pycocotools above."""
+    weighted = {"weighting": {"enabled": True}}
+    task = YOLO.open(drawn)
+    t = YOLO.trajectory(task, **weighted)
+    t.train_epoch()
+    record = t.train_epoch()
+    with_box, without = task.class_counts()
+    ratios = without / (with_box + 1e-6)
+    weights = [record.metrics[f"class_weight/{name}"] for name in task.classes]
+    assert weights == pytest.approx(np.clip(ratios / ratios.mean(), 0.5, 5).tolist())
+
+
 # -- it learns -------------------------------------------------------------------------------------------------------
 
 BOXED = {"images": 600, "drop_classes": ()}
