@@ -27,7 +27,7 @@ from study.documents import StudyError
 from study.executors import placed
 from study.interrupts import ClusterLostError, kept_signals
 from study.ray_environment import address_fault, token_fault
-from study.ray_head import leave, watched
+from study.ray_head import THIS_MACHINE, leave, watched
 from study.schedule import Schedule
 from study.store import Store
 
@@ -52,7 +52,7 @@ def cluster(address: str | None, *, verbose: bool) -> Iterator[None]:
         options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
     else:
         options |= {"address": _answering(address)}
-    where, lost = "this machine" if address is None else f"--address {address}", False
+    where, lost = THIS_MACHINE if address is None else f"--address {address}", False
     try:
         with _quiet(verbose):
             _connect(options, where)

@@ -24,6 +24,7 @@ from study.watchdog import Silence
 
 log = logging.getLogger(__name__)
 
+THIS_MACHINE = "this machine"
 RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # environment: after so many seconds Ray ends this process
 RAYS_PATIENCE_S = 60.0
 ASK_S = 2.0  # between two questions, and for an answer
@@ -42,11 +43,11 @@ class Head:
         Args:
             ask: the name of the head's session, another one each time that a head is started; raises where there is
                 no answer.
-            where: the cluster, as its user knows it.
+            where: the cluster, as its user knows it; one on `THIS_MACHINE` is begun and ended with the study.
             patience_s: seconds of silence after which it counts as gone.
         """
         self._ask = ask
-        self._where = where
+        self._where, self._own = where, where == THIS_MACHINE
         self._patience_s = patience_s
         self._session: str | None = None
         self._replaced = False
@@ -69,9 +70,8 @@ class Head:
     def turn(self) -> ClusterLostError | None:
         """Why there is nothing to wait for any more; else None. Called often: what it took itself counts for little."""
         if self._replaced:
-            return ClusterLostError(
-                f"{self._where}: its head node was started again, and knows nothing of what was running; nothing that "
-                "was finished is lost. Start its worker nodes again too"
+            return self._lost(
+                "was started again, and knows nothing of what was running", "Start its worker nodes again"
             )
         late, away = self._silence.turn(["head"]), self._away.turn(["head"])
         if self._answers.is_set():
@@ -80,15 +80,17 @@ class Head:
             self._away.heard("head")
             late, away = [], []
         if late:
-            return ClusterLostError(
-                f"{self._where}: its head node has not answered for {self._patience_s:g} s; nothing that was finished "
-                "is lost. Start it again (`ray start --head`), then its worker nodes"
-            )
+            remedy = "Start it again (`ray start --head`), then its worker nodes"
+            return self._lost(f"has not answered for {self._patience_s:g} s", remedy)
         if bool(away) != self._said:
             self._said = bool(away)
             still = f"does not answer; giving it {self._patience_s:g} s" if away else "answers again"
             log.warning("%s: its head node %s", self._where, still)
         return None
+
+    def _lost(self, what: str, remedy: str) -> ClusterLostError:
+        told = f"{self._where}: the head node {what}; nothing that was finished is lost"
+        return ClusterLostError(told if self._own else f"{told}. {remedy}")
 
 
 @contextmanager
@@ -113,7 +115,12 @@ def watched(where: str) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Let this process end without Ray's farewell, which would wait for the head that is gone."""
+    """Let this process end without Ray's farewell, which would wait for the head that is gone.
+
+    What it started itself, on this machine, is ended.
+    """
+    if (node := ray._private.worker._global_node) is not None:
+        node.kill_all_processes(check_alive=False)
     atexit.register(_end)  # called first, as the last that was registered
 
 

@@ -35,7 +35,7 @@ def patiently(condition: Callable[[], object], seconds: float, what: str) -> Non
 
 
 def at(nodes: RayNodes, storage: Path) -> AbstractContextManager[Launch]:
-    """The ablation over a cluster, started on its head node."""
+    """The ablation over a cluster, started on the head node."""
     return launched(
         storage,
         *("--address", nodes.address),
@@ -106,7 +106,7 @@ def test_a_head_node_that_dies_and_is_started_again_is_said_in_time_and_the_same
             nodes.start_head()
             assert launch.wait(60) == 1, launch.output
             assert time.monotonic() - began < 60, "sooner than Ray, which would say nothing of use"
-        said = f"error --address {nodes.address}: its head node (was started again|has not answered for 30 s)"
+        said = f"error --address {nodes.address}: the head node (was started again|has not answered for 30 s)"
         assert re.search(said, launch.output), launch.output
         assert launch.output.endswith(f"To go on:\n  {command_of(launch)}\n"), launch.output
         assert "Traceback" not in launch.output

@@ -50,8 +50,8 @@ def test_a_head_that_is_away_for_less_than_the_patience_is_said_once_and_so_is_i
         cluster.up = True
         assert cluster.passes(10) is None
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    away = "--address head:6379: its head node does not answer; giving it 30 s"
-    assert said == [away, "--address head:6379: its head node answers again"] * 2
+    away = "--address head:6379: the head node does not answer; giving it 30 s"
+    assert said == [away, "--address head:6379: the head node answers again"] * 2
     cluster.up = False
     assert cluster.passes(int(AWAY_S)) is None
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 4, "a hiccup is not worth a word"
@@ -64,7 +64,7 @@ def test_a_head_that_stays_away_stops_the_study_with_what_to_do() -> None:
     assert cluster.passes(int(PATIENCE)) is None
     said = cluster.passes(2)
     assert said is not None
-    assert "--address head:6379: its head node has not answered for 30 s; nothing that was finished is lost" in said
+    assert "--address head:6379: the head node has not answered for 30 s; nothing that was finished is lost" in said
     assert "`ray start --head`" in said
 
 
@@ -76,7 +76,7 @@ def test_a_head_that_was_started_again_stops_the_study_at_its_first_answer() -> 
     cluster.up, cluster.session = True, "session_2"
     said = cluster.passes(1)
     assert said is not None
-    assert "its head node was started again, and knows nothing of what was running" in said
+    assert "the head node was started again, and knows nothing of what was running" in said
 
 
 def test_a_driver_that_was_suspended_for_an_hour_does_not_take_its_own_silence_for_the_heads() -> None:
