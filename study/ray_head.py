@@ -85,7 +85,7 @@ class Head:
         if bool(away) != self._said:
             self._said = bool(away)
             still = f"does not answer; giving it {self._patience_s:g} s" if away else "answers again"
-            log.warning("%s: its head node %s", self._where, still)
+            log.warning("%s: the head node %s", self._where, still)
         return None
 
     def _lost(self, what: str, remedy: str) -> ClusterLostError:
