@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 THIS_MACHINE = "this machine"
 RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # environment: after so many seconds Ray ends this process
 RAYS_PATIENCE_S = 60.0
-ASK_S = 2.0  # between two questions, and for an answer
+ASK_S, ANSWER_S = 2.0, 5.0  # between two questions, and for an answer
 AWAY_S = 5.0  # of silence, after which it is said
 TURN_S = 0.5
 
@@ -144,5 +144,5 @@ def _watch(head: Head, halt: Halt, ended: threading.Event) -> None:
 
 def _session() -> str:
     client = ray._private.worker.global_worker.gcs_client
-    name = client.internal_kv_get(b"session_name", ray_constants.KV_NAMESPACE_SESSION, timeout=ASK_S)
+    name = client.internal_kv_get(b"session_name", ray_constants.KV_NAMESPACE_SESSION, timeout=ANSWER_S)
     return (name or b"").decode()

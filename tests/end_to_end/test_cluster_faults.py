@@ -79,6 +79,7 @@ def test_a_node_that_is_cut_off_trains_on_unheard_and_every_bit_is_the_same(
             assert far.process.poll() is None and worker.is_running(), "nobody could tell it that it was given up"
             cables.restore(cut)
             patiently(lambda: far.process.poll() is not None, 90, "a node that is back learns that it was given up")
+            assert far.process.returncode != 0, "so that a service manager starts it again"
             assert launch.wait(600) == 0, launch.output
         times = saved.stop()
         assert nodes.start_worker(number=cut).process.poll() is None, "and may join again"
