@@ -1,8 +1,8 @@
 """Run a schedule through Ray Tune: a Searcher releases trials whose parent is done.
 
-With `ray_cluster` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and keeps worker
-processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker died or hung,
-is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
+With `ray_cluster` and `ray_head` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and
+keeps worker processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker
+died or hung, is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
 """
 
 from __future__ import annotations
