@@ -24,6 +24,9 @@ BUILD_ARGS ?=
 NODES ?= 2
 GPU ?=
 DATA ?=
+# Name of the containers' project, and folder of its secrets
+PROJECT ?= spft
+SECRETS ?= docker/secrets
 # Put before pytest, e.g. LIMIT='timeout --signal=INT 60m'
 LIMIT ?=
 DOCKER ?= docker
@@ -35,11 +38,10 @@ LOCK := requirements.lock
 # Inside .venv, so that it cannot outlive what it vouches for; one for each choice of extras.
 STAMP := $(VENV)/.installed-$(subst $(comma),+,$(EXTRAS))
 on = $(filter-out 0,$(1))
-SECRETS := docker/secrets
 # The plugin where there is one, else the older program; the profile makes GPU workers exist.
 compose_of = $(if $(shell $(DOCKER) compose version 2>/dev/null),$(DOCKER) compose,docker-compose)
-COMPOSE = SPFT_SECRETS='$(CURDIR)/$(SECRETS)' SPFT_IMAGE='$(IMAGE)' $(if $(DATA),SPFT_DATA='$(abspath $(DATA))') \
-    $(compose_of) --file docker/compose.yaml --project-name spft $(if $(call on,$(GPU)),--profile gpu)
+COMPOSE = SPFT_SECRETS='$(abspath $(SECRETS))' SPFT_IMAGE='$(IMAGE)' $(if $(DATA),SPFT_DATA='$(abspath $(DATA))') \
+    $(compose_of) --file docker/compose.yaml --project-name $(PROJECT) $(if $(call on,$(GPU)),--profile gpu)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
