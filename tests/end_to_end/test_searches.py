@@ -131,6 +131,11 @@ def tune_results(storage: Path) -> list[dict[str, Any]]:
     return [json.loads(metadata)["last_result"] for _, metadata in trials]
 
 
+def number_of(row: str) -> int:
+    """Number of the trial that a row of the confirmation trains again."""
+    return int(row.rpartition("(trial ")[2].rstrip(")"))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
     return searched(tmp_path_factory.mktemp("undisturbed"))
@@ -314,6 +319,7 @@ def test_winners_are_confirmed_over_seeds_that_did_not_choose_them(
     default, winner = dict.fromkeys(cells["row"])
     assert default == "Default (0 trials)"
     assert f"of {len(undisturbed.trials)} trials (trial " in winner
+    assert undisturbed.trials[number_of(winner)].status == "FINISHED", "no pruned trial comes into a table"
     said = capsys.readouterr().out
     assert "Δ ± 95 %" in said
     assert f"of {len(undisturbed.trials)} trials" in said
@@ -347,8 +353,7 @@ def test_several_objectives_are_told_nothing_is_pruned_and_the_front_is_drawn_an
     (parent,) = [run for run in runs_of(tmp_path) if run.data.tags[schema.TAG_KIND] == "row"]
     assert artifacts_of(tmp_path, parent.info.run_id) >= {f"search-{name}.png" for name in names}
     winners = set(pd.read_csv(tmp_path / "search-confirm" / "report" / "cells.csv")["row"]) - {"Default (0 trials)"}
-    confirmed = {int(row.rpartition("(trial ")[2].rstrip(")")) for row in winners}
-    assert confirmed <= {t.number for t in front}
+    assert {number_of(row) for row in winners} <= {t.number for t in front}
 
 
 def _dominates(one: TrialFacts, other: TrialFacts) -> bool:
