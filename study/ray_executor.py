@@ -113,6 +113,7 @@ class StageSearcher(Searcher):
 
     Attributes:
         interruption: what the listener raised, if it did.
+        outcomes: trial → FINISHED, PRUNED (its trajectory was ended after it) or FAILED, until Tune has been told.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class StageSearcher(Searcher):
     ) -> None:
         super().__init__(metric="epoch", mode="max")
         self.interruption: BaseException | None = None
+        self.outcomes: dict[str, str] = {}
         self._schedule = schedule
         self._store = store
         self._resources = resources
@@ -158,9 +160,11 @@ class StageSearcher(Searcher):
         failure = result.get("failure")
         if failure:
             self._tell(self._attempts.stopped, node, Fault(failure, again=False))
+            self.outcomes[trial_id] = "FAILED"
         else:
             self._schedule.done(node)
             self._tell(self._listener.finished, node)
+            self.outcomes[trial_id] = "PRUNED" if node.pruned else "FINISHED"
 
     def at(self, trial_id: str) -> tuple[Node, str]:
         """A running trial and what its worker is doing."""
@@ -215,6 +219,11 @@ class _Watch(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         """A trial has finished a step."""
         self._silence.heard(trial.trial_id)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune knows TERMINATED alone: what became of a trial stands in its last result, as `outcome`."""
+        outcome = self._searcher.outcomes.pop(trial.trial_id)
+        trial.run_metadata.last_result = {**trial.last_result, "outcome": outcome}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A turn of Tune's loop: end the workers of trials that have been silent for too long."""

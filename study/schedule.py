@@ -25,7 +25,7 @@ class Node:
     Attributes:
         chains: pending cells at or below it.
         path: training units from its start to the end of its longest branch.
-        failures: times its worker died so far.
+        pruned: its trajectory was ended after it, at a rung of a search.
     """
 
     request: TrialRequest
@@ -35,6 +35,7 @@ class Node:
     path: int = 0
     children: list[Node] = field(default_factory=list)
     status: Status = "waiting"
+    pruned: bool = False
     error: str | None = None
 
     @property
