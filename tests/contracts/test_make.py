@@ -126,7 +126,7 @@ def test_help_names_every_target_of_the_surface(checkout: Path) -> None:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A PATH of its own: the tools that .ci/run uses, git, a capable python3, a chromium, ip, PostgreSQL; no make yet."""
+    """A PATH of its own: what .ci/run uses, git, a capable python3, a chromium, ip, PostgreSQL; no make yet."""
     path = tmp_path / "bin"
     path.mkdir()
     for tool in ("bash", "dirname", "grep", "mktemp", "rm", "tail", "tee", "timeout"):
