@@ -25,7 +25,7 @@ on = $(filter-out 0,$(1))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ablation test lint types check check-all bench lock clean
+.PHONY: help setup ablation test lint types check check-all bench lock audit clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ bench: setup ## time what the design promises
 
 lock: | $(PY) ## rewrite requirements.lock from pyproject.toml, keeping pins (UPGRADE=1: newest releases)
 	$(PY) .ci/lock.py $(if $(call on,$(UPGRADE)),--upgrade)
+
+audit: setup ## ask for known vulnerabilities of the locked releases (needs the network; fails where it cannot ask)
+	$(PY) .ci/audit.py $(ARGS)
 
 clean: ## remove caches and build output; .venv and outputs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

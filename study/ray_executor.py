@@ -1,8 +1,8 @@
 """Run a schedule through Ray Tune: a Searcher releases trials whose parent is done.
 
-With `ray_cluster` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and keeps worker
-processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker died or hung,
-is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
+With `ray_cluster` and `ray_dashboard` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and
+keeps worker processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker
+died or hung, is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from study import worker_faults
 from study.documents import StudyError
 from study.executors import Attempts, Listener, Worker, placed, worker_at
 from study.ray_cluster import cluster, first_line, require_slots, slots, survey
+from study.ray_dashboard import Measured, named_tasks
 from study.schedule import Node, Schedule
 from study.spec import Execution
 from study.store import Store
@@ -63,7 +64,7 @@ class RayExecutor:
         """See `study.executors.Executor`: the cluster answers, has room for a trial, and its nodes see what we see."""
         if self._address is None:
             return
-        with cluster(self._address, verbose=self._verbose):
+        with cluster(self._address, schedule.study, verbose=self._verbose):
             require_slots(self._resources)
             survey(schedule, store, self._resources)
 
@@ -73,7 +74,12 @@ class RayExecutor:
         Raises:
             StudyError: the cluster cannot be reached, or no node of it can hold a trial.
         """
-        with cluster(self._address, verbose=self._verbose), _dead_actors_are_known():
+        with (
+            cluster(self._address, schedule.study, verbose=self._verbose),
+            _dead_actors_are_known(),
+            named_tasks(),
+        ):
+            listener = Measured(listener, schedule)
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(require_slots(self._resources))
             attempts = Attempts(schedule, listener, self._execution.max_failures)
             searcher = StageSearcher(schedule, store, listener, self._resources, attempts)
@@ -300,6 +306,11 @@ class TrialActor(tune.Trainable):
         logging.getLogger("trainables").setLevel(logging.WARNING)
         self._worker: Worker | None = None
         self._next: dict[str, Any] | None = config
+        self._first = str(config["name"])
+
+    def __repr__(self) -> str:
+        """As the dashboard lists it: Ray asks once, so a worker goes by its first trial. Its tasks name the others."""
+        return f"{self._first} (and what follows)"
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take another trial in the same process."""
