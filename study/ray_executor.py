@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle, tune
 from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from study import worker_faults
@@ -76,7 +77,7 @@ class RayExecutor:
         """
         with (
             cluster(self._address, schedule.study, verbose=self._verbose),
-            _dead_actors_are_known(),
+            _dead_actors_are_known() as errors,
             named_tasks(),
         ):
             listener = Measured(listener, schedule)
@@ -97,7 +98,7 @@ class RayExecutor:
                     name="trials",
                     storage_path=str(store.tune),
                     failure_config=tune.FailureConfig(max_failures=0),  # started again by the searcher
-                    callbacks=[_Watch(searcher, self._resources, self._timeout)],
+                    callbacks=[_Watch(searcher, self._resources, self._timeout, errors)],
                     verbose=0,
                 ),
             )
@@ -209,8 +210,15 @@ class StageSearcher(Searcher):
 class _Watch(tune.Callback):
     """Sees what Tune tells no searcher: why a worker died, that one has hung, that no node is left."""
 
-    def __init__(self, searcher: StageSearcher, resources: dict[str, float], timeout: float | None) -> None:
+    def __init__(
+        self,
+        searcher: StageSearcher,
+        resources: dict[str, float],
+        timeout: float | None,
+        errors: dict[str, Exception],
+    ) -> None:
         self._searcher = searcher
+        self._errors = errors
         self._resources = resources
         self._timeout = timeout
         self._silence = Silence(math.inf if timeout is None else timeout)
@@ -248,7 +256,7 @@ class _Watch(tune.Callback):
         self._searcher.lost(trial.trial_id, fault)
 
     def _fault(self, node: Node, trial: Any) -> Fault:
-        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        error = self._errors.pop(trial.trial_id)
         if isinstance(error, ray.exceptions.RayTaskError):
             return Fault(f"{type(error.cause).__name__}: {first_line(error.cause)}", again=True)
         if isinstance(error, _KilledForMemoryError):
@@ -261,11 +269,21 @@ class _KilledForMemoryError(ray.exceptions.RayActorError):
 
 
 @contextmanager
-def _dead_actors_are_known() -> Iterator[None]:
-    """Tune ends a whole run when an actor is lost in a way that it does not expect, such as to the memory monitor.
+def _dead_actors_are_known() -> Iterator[dict[str, Exception]]:
+    """Trial id → why its actor was lost, for as long as the body runs.
 
-    Ray reports such a loss by `OutOfMemoryError` and others, Tune knows `RayActorError` alone.
+    Tune ends a whole run when an actor is lost in a way that it does not expect, such as to the memory monitor: Ray
+    reports that by `OutOfMemoryError` and others, Tune knows `RayActorError` alone. It would also write errors as
+    pickles and read them back, from a storage that others may write to: it is given their text alone.
     """
+    errors: dict[str, Exception] = {}
+    handle_error = Trial.handle_error
+
+    def handled(self: Trial, exc: Exception | None = None) -> None:
+        if exc is not None:
+            errors[self.trial_id] = exc
+        handle_error(self, tune.TuneError(str(exc)))
+
     originals = {name: getattr(RayActorManager, name) for name in ("_actor_task_failed", "_actor_start_failed")}
     for name, original in originals.items():
 
@@ -273,9 +291,11 @@ def _dead_actors_are_known() -> Iterator[None]:
             _original(self, *lost, exception=_as_actor_error(exception), **named)
 
         setattr(RayActorManager, name, failed)
+    Trial.handle_error = handled
     try:
-        yield
+        yield errors
     finally:
+        Trial.handle_error = handle_error
         for name, original in originals.items():
             setattr(RayActorManager, name, original)
 

@@ -120,9 +120,11 @@ def look(seen: Seen, launch: Launch, scratch: Path, reader: Mapping[str, str], e
     seen.listed = json.loads(python(LISTING, gcs, environment=token).stdout)
     [targets] = scratch.glob("ray*/prom_metrics_service_discovery.json")
     [dashboard] = [p for p in launch.processes() if "dashboard/dashboard.py" in " ".join(p.cmdline())]
-    for connection in listeners(dashboard):
-        page = f"http://127.0.0.1:{connection.laddr.port}/api/v0/actors"
-        seen.pages[page] = http_status(page)
+    [port] = re.findall(r"--port=(\d+)", " ".join(dashboard.cmdline()))
+    for path in ("/api/v0/actors", "/api/jobs/", "/logs/"):
+        seen.pages[path] = http_status(f"http://127.0.0.1:{port}{path}")
+    signed_in = {"Authorization": f"Bearer {(seen.storage / 'ray_auth_token').read_text()}"}
+    seen.pages["signed in"] = http_status(f"http://127.0.0.1:{port}/api/jobs/", **signed_in)
     assert launch.until(lambda: scraped(seen, targets), pause=1), launch.output
     for process in [*launch.processes(), *server_processes(seen.server)]:
         with suppress(psutil.NoSuchProcess):
@@ -208,7 +210,8 @@ def test_a_call_to_the_embedded_cluster_without_its_token_is_refused(seen: Seen)
     for name in ("wrong", "none"):
         assert seen.knocks[name].returncode != 0
         assert re.search("[Aa]uthentication|[Uu]nauthenticated|token", seen.knocks[name].stderr), name
-    assert 401 in seen.pages.values() and 200 not in seen.pages.values(), seen.pages
+    assert seen.pages.pop("signed in") == 200
+    assert set(seen.pages.values()) == {401}, seen.pages
     assert (seen.storage / "ray_auth_token").stat().st_mode & 0o777 == 0o600
 
 
