@@ -32,7 +32,10 @@ from study.schedule import Schedule
 from study.spec import Study
 from study.store import Store
 
+log = logging.getLogger(__name__)
+
 PROJECT = Path(__file__).resolve().parents[1]
+METRICS_TARGETS = "prom_metrics_service_discovery.json"  # Ray writes it into its temporary folder
 ANSWER_SECONDS = 6.0  # for a head node to answer; Ray itself would ask for minutes
 SURVEY_SECONDS = 120.0  # for all nodes together: they may have to start a worker and to fetch the encoder
 
@@ -63,6 +66,8 @@ def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[Non
         with _quiet(verbose):
             with _on_loopback() if address is None else nullcontext():
                 _connect(options, "this machine" if address is None else f"--address {address}")
+            if address is None:
+                log.info("metrics for Prometheus: targets in %s/%s", options["_temp_dir"], METRICS_TARGETS)
             yield
     finally:
         ray.shutdown()
