@@ -287,9 +287,9 @@ def check_cluster(address: str | None, executor: str) -> None:
         raise StudyError(
             [f"--address {address} and --executor local: trials run either there or here; give one of them"]
         )
-    from study.ray_environment import address_fault
+    from study.ray_environment import address_fault, mode_fault
 
-    if fault := address_fault(address):
+    if fault := address_fault(address) or mode_fault():
         raise StudyError([f"--address {address}: {fault}"])
 
 

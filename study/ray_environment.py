@@ -66,7 +66,7 @@ def prepare_environment(folder: Path, *, local: bool) -> None:
 def mode_fault() -> str | None:
     """Why it is not known whether a cluster of others asks for a token; None where it is."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    if mode in MODES:
+    if mode in MODES or (not mode and any(os.environ.get(name) for name in TOKENS)):
         return None
     said = f"RAY_AUTH_MODE is {mode!r}" if mode else "RAY_AUTH_MODE is not set"
     return (
