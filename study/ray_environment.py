@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from analysis.credentials import holds_credentials
 from study.documents import StudyError
 
 QUIET = {
@@ -31,7 +32,8 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY(_|$)|(^|_)AUTH(_|$)
 
 def sent_along(variables: Mapping[str, str]) -> dict[str, str]:
     """Variables that trials need on other nodes: the hub's settings, but no token. Ray shows to all what it is sent."""
-    return {n: v for n, v in variables.items() if n.startswith("HF_") and not SECRET.search(n)}
+    hub = {name: value for name, value in variables.items() if name.startswith("HF_")}
+    return {n: v for n, v in hub.items() if not SECRET.search(n) and not holds_credentials(v)}
 
 
 def prepare_environment(folder: Path, *, local: bool) -> None:

@@ -79,6 +79,7 @@ def test_a_mode_that_is_said_is_taken(tmp_path: Path, mode: str) -> None:
 def test_the_hubs_settings_are_sent_along_and_its_token_is_not() -> None:
     here = {"HF_HOME": "/cache", "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "https://hub.example", "PATH": "/bin"}
     secret = {"HF_TOKEN": "hf_x", "HF_TOKEN_PATH": "/t", "HF_API_KEY": "k", "HF_HUB_PASSWORD": "p", "HF_AUTH": "a"}
+    secret["HF_MIRROR"] = "https://ann:secret@hub.example"
     assert sent_along(here | secret | {"AWS_SECRET_ACCESS_KEY": "s"}) == {
         name: here[name] for name in ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT")
     }
