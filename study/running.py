@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from analysis.credentials import without_credentials
 from study.documents import StudyError
 from study.interrupts import ClusterLostError, Interrupted, StudyHaltedError, answered_signals
-from study.options import tracking_address, without_password
+from study.options import tracking_address
 
 if TYPE_CHECKING:
     from study.chains import Chain
@@ -90,8 +91,8 @@ def run_planned(planned: Plan, launch: Launch, console: Console) -> Launched:
 
 
 def this_command() -> str:
-    """What was typed, to be typed again; it is kept in ledger and report, so a password in an address is left out."""
-    return "python study/launch.py " + shlex.join(map(without_password, sys.argv[1:]))
+    """What was typed, to be typed again; it is shown and recorded, so it never holds a password."""
+    return without_credentials("python study/launch.py " + shlex.join(sys.argv[1:]))
 
 
 def run_options(launch: Launch) -> RunOptions:
