@@ -197,11 +197,13 @@ def write_findings(faults: list[tuple[str, str, str]], path: Path) -> None:
     Raises:
         StudyError: the file cannot be written.
     """
+    from analysis.csv_files import no_formula
+
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["kind", "place", "detail"])
-            writer.writerows(faults)
+            writer.writerows([no_formula(text) for text in fault] for fault in faults)
     except OSError as error:
         raise StudyError([f"--findings {path}: cannot be written ({error.strerror}); name another file"]) from error
 

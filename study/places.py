@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from typing import Protocol
 
 from study.documents import StudyError
 from study.durable import flush_folder, make_folder, write_file
+from study.seals import unsealed
 
 SCHEMES = {"s3": ("s3fs", "s3")}  # scheme of a URI → the module that serves it, and the extra that installs it
 LOCAL = "SPFT_LOCAL"  # environment of a node: folder below which it keeps what a storage on a URI leaves to it
@@ -300,7 +302,10 @@ class LocalFolder:
         return Path(tempfile.mkdtemp(dir=make_folder(self.root / "partial")))
 
     def _rename(self, temporary: Path, folder: Path) -> None:
-        """Rename a folder into place; what is there already goes first, also if other processes do the same."""
+        """Rename a folder into place, also if other processes do the same.
+
+        What is there already stays if it is the same, so that nobody who looks for it finds nothing; else it goes.
+        """
         while True:
             try:
                 temporary.replace(folder)
@@ -308,7 +313,30 @@ class LocalFolder:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                self.discard(str(folder.relative_to(self.root)))
+            if _is_same(temporary, folder):
+                shutil.rmtree(temporary, ignore_errors=True)
+                return
+            self.discard(str(folder.relative_to(self.root)))
+
+
+def _is_same(new: Path, old: Path) -> bool:
+    """Whether two folders hold the same training, whole: all but what it cost and where it was done."""
+    try:
+        for file in new.iterdir():
+            if file.suffix != ".json":
+                if file.read_bytes() != (old / file.name).read_bytes():
+                    return False
+            elif _lasting(file) != _lasting(old / file.name):
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _lasting(path: Path) -> str:
+    """Sealed facts without the clock and the machine, as text: NaN equals NaN."""
+    facts = unsealed(path.read_bytes(), path.name)
+    return json.dumps({name: facts[name] for name in sorted(facts) if name not in ("history", "provenance")})
 
 
 def place_of(address: Address) -> Place:

@@ -175,20 +175,37 @@ class Store:
         return self.place.has(state_name(key), STATE)
 
     def newest(self, keys: Sequence[str], usable: Callable[[Checkpoint], bool]) -> Checkpoint | None:
-        """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said."""
-        for key in reversed(keys):
+        """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said.
+
+        A worker that was given up, because its node was cut off, may still save a deeper state meanwhile and drop the
+        one that is being read here: then it is looked for again, and what that worker trained is not trained twice.
+        """
+        refused: set[str] = set()
+        while True:
+            found, depth = None, 0
+            for at, key in reversed(list(enumerate(keys, start=1))):
+                checkpoint = None if key in refused else self._read_state(key)
+                if checkpoint is not None and usable(checkpoint):
+                    found, depth = checkpoint, at
+                    break
+                if checkpoint is not None:
+                    refused.add(key)
+            if not any(self.has_state(key) for key in keys[depth:] if key not in refused):
+                return found
+
+    def _read_state(self, key: str) -> Checkpoint | None:
+        """A state; None where it is not there, also where it was dropped meanwhile, or damaged (deleted and said)."""
+        for again in (True, False):  # it may have been replaced between two of its files
             if not self.has_state(key):
-                continue
+                return None
             try:
-                checkpoint = self._load_state(key)
+                return self._load_state(key)
             except AwayError:
                 raise
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("the state %s is damaged (%s); it is deleted and trained again", key[:12], error)
-                self.drop(key)
-                continue
-            if usable(checkpoint):
-                return checkpoint
+                if not again and self.has_state(key):
+                    log.warning("the state %s is damaged (%s); it is deleted and trained again", key[:12], error)
+                    self.drop(key)
         return None
 
     def save(self, key: str, checkpoint: Checkpoint) -> None:

@@ -58,10 +58,16 @@ class Ran:
 
 
 def planned(
-    storage: Path, overrides: Mapping[str, Any] = TINY, *, study: str = "ablation", sharing: bool = True
+    storage: Path,
+    overrides: Mapping[str, Any] = TINY,
+    *,
+    study: str = "ablation",
+    sharing: bool = True,
+    roots: Mapping[str, Path] | None = None,
 ) -> Plan:
-    """A plan of a shipped study with overrides."""
-    declared = load_study(find_study(study), Choices(apply({}, overrides)))
+    """A plan of a study, shipped or in a file, with overrides; `roots`: data set → folder."""
+    data_roots = {dataset: str(root) for dataset, root in (roots or {}).items()}
+    declared = load_study(find_study(study), Choices(apply({}, overrides), data_roots=data_roots))
     return make_plan(declared, storage=storage, sharing=sharing)
 
 
@@ -73,9 +79,10 @@ def run_study(
     sharing: bool = True,
     executor: str = "local",
     address: str | None = None,
+    roots: Mapping[str, Path] | None = None,
 ) -> Ran:
-    """Plan and run a shipped study with overrides, in this process."""
-    plan = planned(Address.of(storage).folder, overrides, study=study, sharing=sharing)
+    """Plan and run a study with overrides, in this process."""
+    plan = planned(Address.of(storage).folder, overrides, study=study, sharing=sharing, roots=roots)
     return _run(plan, storage, executor, address)
 
 
