@@ -113,7 +113,7 @@ def _run(
         if schedule.nodes:
             with Progress(console, schedule, the_task(plan.study).main_metric) as progress:
                 session.watch(schedule, progress)
-                _executor(plan, options, store).run(schedule, store, session)
+                _executor(plan, options, store, session.known).run(schedule, store, session)
         header, complete = session.close()
     except Exception as error:
         if (halted := _halted(error, store)) is None:
@@ -171,6 +171,11 @@ class Session:
     def results(self) -> dict[str, CellResult]:
         """Cell key → result, of the cells that have one."""
         return {key: result for key, (_, result) in self._results.items()}
+
+    @property
+    def known(self) -> Sequence[tuple[Chain, CellResult]]:
+        """Cells that have a result, with it."""
+        return list(self._results.values())
 
     def open(self) -> None:
         """Declare rows and cells, and write what earlier launches finished."""
@@ -315,7 +320,9 @@ class Session:
         return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
 
 
-def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
+def _executor(
+    plan: Plan, options: RunOptions, store: Store, known: Sequence[tuple[Chain, CellResult]] = ()
+) -> Executor:
     if options.executor == "local":
         return LocalExecutor(plan.study.execution.max_failures, options.timeout)
     if options.address is None:
@@ -331,6 +338,7 @@ def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
         address=options.address,
         verbose=options.verbose,
         timeout=options.timeout,
+        known=known,
     )
 
 
