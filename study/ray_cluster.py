@@ -146,6 +146,8 @@ def survey(schedule: Schedule, store: Store, resources: Resources) -> None:
             if _room(node, resources):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 asked[ask.options(scheduling_strategy=there).remote(wanted)] = node
+        if not asked:
+            return  # none yet: an autoscaler is to bring them
         here = node_survey.look(wanted)
         answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
         for answer in answered:
