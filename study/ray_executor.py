@@ -87,7 +87,7 @@ class RayExecutor:
             self._require_room()
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = UNBOUNDED
             attempts = Attempts(schedule, listener, self._execution.max_failures)
-            room = Room(self._execution.autoscale_to)
+            room = Room(self._execution.autoscale_to if self._address is not None else None)
             searcher = StageSearcher(schedule, store, listener, self._execution.cpus, self._shares, room, attempts)
             tuner = tune.Tuner(
                 TrialActor,
@@ -313,10 +313,13 @@ class _Watch(tune.Callback):
         self._searcher.lost(trial.trial_id, fault)
 
     def _let_go(self, trial: Any) -> None:
-        """Tune keeps its trials to the end; what they were asked is not needed any more."""
+        """Tune keeps its trials to the end, with statistics of all that they told: nobody asks for them any more."""
         self._working.pop(trial.trial_id, None)
-        for kept in (trial.config, trial.evaluated_params):
-            kept.pop("request", None)
+        trial.config["request"].forget()
+        told = trial.run_metadata
+        told.last_result = {"done": True}
+        told.metric_analysis.clear()
+        told.metric_n_steps.clear()
 
     def _fault(self, node: Node, trial: Any) -> Fault:
         error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
@@ -365,10 +368,17 @@ def _as_actor_error(error: Exception) -> Exception:
 
 
 class Packed:
-    """A pickled request. Tune makes names of all that it is given: this one is short."""
+    """A pickled request. Tune copies all that it is given, and makes names of it: this one is shared, and short."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
+
+    def forget(self) -> None:
+        """It has been answered."""
+        self.data = b""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self
 
     def __str__(self) -> str:
         return "request"
