@@ -49,7 +49,7 @@ def long_study(effort: Effort) -> Measured:
     rows, seeds = (2, 3) if effort.smallest else (10, 30)
     chosen = wide_study(rows, seeds)
     runs = [_watched(chosen) for _ in range(effort.repeats)]
-    shares = [control_plane_share(steps) for steps, _ in runs]
+    shares = [control_plane_share(steps, steady=not effort.smallest) for steps, _ in runs]
     growths = [growth(samples, steps) for steps, samples in runs]
     trials = seeds * (rows + 1)
     spent = [samples[-1].cpu_seconds / trials for _, samples in runs]
@@ -80,8 +80,11 @@ def wide_study(rows: int, seeds: int) -> dict[str, Any]:
     return dict(TINY) | {"seeds": list(range(seeds)), "rows": {"list": listed}}
 
 
-def control_plane_share(steps: list[Step]) -> float:
+def control_plane_share(steps: list[Step], *, steady: bool = True) -> float:
     """Share of the slots' time in which no step ran, while all slots had trials to run.
+
+    Args:
+        steady: False takes the whole time, for runs that are too short to have a steady part.
 
     Raises:
         RuntimeError: workers came or went meanwhile, so that the number of slots is none.
@@ -89,9 +92,10 @@ def control_plane_share(steps: list[Step]) -> float:
     by_worker: dict[int, list[Step]] = defaultdict(list)
     for step in steps:
         by_worker[step.worker].append(step)
-    begin = max(min(s.start for s in own) for own in by_worker.values())
-    end = min(max(s.end for s in own) for own in by_worker.values())
-    if end - begin < 0.5 * (max(s.end for s in steps) - min(s.start for s in steps)):
+    first, last = min(s.start for s in steps), max(s.end for s in steps)
+    begin = max(min(s.start for s in own) for own in by_worker.values()) if steady else first
+    end = min(max(s.end for s in own) for own in by_worker.values()) if steady else last
+    if end - begin < 0.5 * (last - first):
         raise RuntimeError("slots did not work at the same time for most of the study: workers came or went")
     worked = sum(max(0.0, min(s.end, end) - max(s.start, begin)) for s in steps)
     return 1 - worked / (len(by_worker) * (end - begin))
