@@ -87,10 +87,19 @@ class Room:
             self.look()
         return sum(Fraction(1, self.slots(asked)) for asked in given) < 1
 
+    def overflows(self, given: Iterable[Resources]) -> bool:
+        """Whether some of the trials that are given out wait for a node that is to come."""
+        if self._least == 1:
+            return False
+        return sum(Fraction(1, max(1, self._fit(asked))) for asked in given) > 1
+
     def slots(self, asked: Resources) -> int:
         """How many trials that ask for so much are given out at a time; at least one, which then waits for a node."""
         part = min(asked.get("GPU", 1.0), 1.0)
-        return max(sum(_room(node, asked) for node in self._nodes), int(self._least / part))
+        return max(self._fit(asked), int(self._least / part + 1e-9))
+
+    def _fit(self, asked: Resources) -> int:
+        return sum(_room(node, asked) for node in self._nodes)
 
     def look(self) -> None:
         """See which nodes there are now."""

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle, tune
 from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from study import worker_faults
@@ -93,6 +94,7 @@ class RayExecutor:
                 TrialActor,
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
+                    scheduler=_Turns(searcher),
                     num_samples=-1,
                     reuse_actors=True,
                     max_concurrent_trials=None,
@@ -193,6 +195,11 @@ class StageSearcher(Searcher):
             return False
         return self._room.takes_another(self._asked.values())
 
+    @property
+    def waits_for_nodes(self) -> bool:
+        """Whether more was given out than fits on the nodes that there are."""
+        return self._room.overflows(self._asked.values())
+
     def begun(self, trial_id: str) -> None:
         """A trial has a worker."""
         self._begun.add(trial_id)
@@ -258,6 +265,22 @@ class StageSearcher(Searcher):
         except BaseException as error:
             self.interruption = error
             raise
+
+
+class _Turns(FIFOScheduler):
+    """Which trial gets a worker that has become free: the new one, unless others wait for a node already.
+
+    Tune's own would give it to a trial whose worker is being started, and end that process: where trials are shorter
+    than a start, no second worker would ever be up.
+    """
+
+    def __init__(self, searcher: StageSearcher) -> None:
+        super().__init__()
+        self._searcher = searcher
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """See `ray.tune.schedulers.TrialScheduler`; None leaves it to Tune to start what is new."""
+        return super().choose_trial_to_run(tune_controller) if self._searcher.waits_for_nodes else None
 
 
 class _Watch(tune.Callback):

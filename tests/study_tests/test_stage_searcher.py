@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -114,6 +115,16 @@ class Driven:
         return node
 
 
+class TuneTrials:
+    """As much of Tune's controller as its schedulers ask: trials by status."""
+
+    def __init__(self, statuses: Sequence[str]) -> None:
+        self.trials = [SimpleNamespace(status=status) for status in statuses]
+
+    def get_trials(self) -> list[SimpleNamespace]:
+        return self.trials
+
+
 def machine(address: str = "10.0.0.1", cpus: float = 8, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
     """A node as `ray.nodes()` lists it."""
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
@@ -173,6 +184,24 @@ def test_an_autoscaler_is_asked_for_as_much_as_is_declared() -> None:
     assert room.slots({"CPU": 1.0, "GPU": 1.0}) == 6
     assert room.slots({"CPU": 1.0, "GPU": 0.5}) == 12
     assert room_of([machine(cpus=20)], autoscale_to=6).slots({"CPU": 1.0}) == 20
+
+
+def test_what_waits_for_a_node_goes_before_what_is_new(tmp_path: Path) -> None:
+    """Of four trials two fit: a worker that is free takes one that waits. On full nodes it takes the new one."""
+    from study.ray_executor import _Turns
+
+    plan = planned(tmp_path, document([TO_4, TO_10], seeds=[0, 1, 2, 3]))
+    scaled = Driven(tmp_path, plan, [machine(cpus=2)], autoscale_to=4)
+    for _ in range(4):
+        assert scaled.ask() is not None
+    tune = TuneTrials(["TERMINATED", "PENDING", "PENDING"])
+    assert scaled.searcher.waits_for_nodes
+    assert _Turns(scaled.searcher).choose_trial_to_run(tune) is tune.trials[1]
+    full = Driven(tmp_path, plan, [machine(cpus=2)])
+    for _ in range(2):
+        assert full.ask() is not None
+    assert full.ask() is None
+    assert _Turns(full.searcher).choose_trial_to_run(tune) is None
 
 
 # -------------------------------------------------------------------------------------------------- what is given out
