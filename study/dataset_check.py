@@ -14,8 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from study.documents import StudyError
-from trainables.data.adapter import Refused
-from trainables.data.index import SPLITS, Index
+from trainables.data.index import SPLITS, Index, Refused
 from trainables.data.registry import DATASETS, find, leaks_of, place, read_boxes, read_table, split_table, unmeasurable
 from trainables.data.splits import Leak
 from trainables.settings import DatasetSettings

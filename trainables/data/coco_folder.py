@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
+from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes
 from trainables.data.coco import Coco, read_coco, to_boxes
 from trainables.data.files import IMAGE_SUFFIXES
-from trainables.data.index import SPLITS, DataError
+from trainables.data.index import SPLITS, DataError, Refused
 from trainables.data.tables import multi_hot, root_of, texts
 from trainables.settings import DatasetSettings
 

@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainables.data.adapter import Refused
 from trainables.data.decode import UNREADABLE, decode_whole
 from trainables.data.dicom import WrongImageError
-from trainables.data.index import DataError, Index
+from trainables.data.index import DataError, Index, Refused
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
+from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes, box_fault
 from trainables.data.coco_folder import WORDS, split_marks
 from trainables.data.files import IMAGE_SUFFIXES
-from trainables.data.index import DataError
+from trainables.data.index import DataError, Refused
 from trainables.data.tables import multi_hot, root_of, texts
 from trainables.settings import DatasetSettings
 
