@@ -141,6 +141,11 @@ def tracking_address(given: str | None, folder: Path) -> str:
     return given or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
 
 
+def without_password(text: str) -> str:
+    """An address, or a command with one, as it may be shown and kept."""
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:…@", text)
+
+
 def require_ledger(address: str) -> None:
     """Refuse a ledger that is not there, before MLflow would make an empty one.
 

@@ -1,6 +1,6 @@
 """A Ray cluster to run trials on: reach it or start it, count its slots, and ask its nodes what they see.
 
-With `ray_executor` the only file that imports ray.
+With `ray_executor` and `ray_head` the only files that import ray.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from study import node_survey
 from study.documents import StudyError
 from study.executors import placed
-from study.interrupts import kept_signals
+from study.interrupts import ClusterLostError, kept_signals
 from study.ray_environment import address_fault, token_fault
+from study.ray_head import THIS_MACHINE, leave, watched
 from study.schedule import Schedule
 from study.store import Store
 
@@ -47,6 +48,7 @@ def cluster(address: str | None, *, verbose: bool) -> Iterator[None]:
 
     Raises:
         StudyError: it cannot be reached or started; says why within seconds.
+        ClusterLostError: its head node went away meanwhile; this process must end.
     """
     environment = {"PYTHONPATH": str(PROJECT)} | {n: v for n, v in os.environ.items() if n.startswith("HF_")}
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": verbose}
@@ -56,12 +58,17 @@ def cluster(address: str | None, *, verbose: bool) -> Iterator[None]:
         options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
     else:
         options |= {"address": _answering(address)}
+    where, lost = THIS_MACHINE if address is None else f"--address {address}", False
     try:
         with _quiet(verbose):
-            _connect(options, "this machine" if address is None else f"--address {address}")
-            yield
+            _connect(options, where)
+            with watched(where):
+                yield
+    except ClusterLostError:
+        lost = True
+        raise
     finally:
-        ray.shutdown()
+        leave() if lost else ray.shutdown()
         if address is None and not verbose:
             shutil.rmtree(options["_temp_dir"], ignore_errors=True)
 

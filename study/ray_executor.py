@@ -1,8 +1,8 @@
 """Run a schedule through Ray Tune: a Searcher releases trials whose parent is done.
 
-With `ray_cluster` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and keeps worker
-processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker died or hung,
-is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
+With `ray_cluster` and `ray_head` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and
+keeps worker processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker
+died or hung, is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from trainables.results import CellResult, EpochRecord, MemoryRefusedError, Trai
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+KEPT = ("done", "epoch", "time_total_s", "node_ip", "pid", "trial_id")  # of what Tune keeps of a trial that has ended
 UNBOUNDED = "100000"  # trials that Tune lets wait for room: the searcher gives out no more than there is
 
 
@@ -140,6 +141,7 @@ class StageSearcher(Searcher):
 
     Attributes:
         interruption: what the listener raised, if it did.
+        outcomes: trial → FINISHED, PRUNED (its trajectory was ended after it) or FAILED, until Tune has been told.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class StageSearcher(Searcher):
     ) -> None:
         super().__init__(metric="epoch", mode="max")
         self.interruption: BaseException | None = None
+        self.outcomes: dict[str, str] = {}
         self._schedule = schedule
         self._store = store
         self._cpus = float(cpus)
@@ -220,11 +223,14 @@ class StageSearcher(Searcher):
         failure = result.get("failure")
         if failure and result.get("refused") and self._shares.refused(node):
             self._tell(self._attempts.once_more, node, f"on a part of a GPU {failure}; it is given a whole one")
+            self.outcomes[trial_id] = "FAILED"
         elif failure:
             self._tell(self._attempts.stopped, node, Fault(failure, again=False))
+            self.outcomes[trial_id] = "FAILED"
         else:
             self._schedule.done(node)
             self._tell(self._listener.finished, node)
+            self.outcomes[trial_id] = "PRUNED" if node.pruned else "FINISHED"
 
     def at(self, trial_id: str) -> tuple[Node, str]:
         """A running trial and what its worker is doing."""
@@ -306,8 +312,9 @@ class _Watch(tune.Callback):
         self._silence.heard(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has ended."""
-        self._let_go(trial)
+        """Tune knows TERMINATED alone: what became of a trial stands in its last result, as `outcome`."""
+        outcome = self._searcher.outcomes.pop(trial.trial_id)
+        self._let_go(trial, outcome)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A turn of Tune's loop: end the workers of trials that have been silent for too long."""
@@ -332,15 +339,16 @@ class _Watch(tune.Callback):
         """A worker died, or its code raised what is no `TrainingError`."""
         node, _ = self._searcher.at(trial.trial_id)
         fault = self._hung.pop(trial.trial_id, None) or self._fault(node, trial)
-        self._let_go(trial)
+        self._let_go(trial, "FAILED")
         self._searcher.lost(trial.trial_id, fault)
 
-    def _let_go(self, trial: Any) -> None:
+    def _let_go(self, trial: Any, outcome: str) -> None:
         """Tune keeps its trials to the end, with statistics of all that they told: nobody asks for them any more."""
         self._working.pop(trial.trial_id, None)
         trial.config["request"].forget()
         told = trial.run_metadata
-        told.last_result = {"done": True}
+        kept = {name: told.last_result[name] for name in KEPT if name in told.last_result}
+        told.last_result = {**kept, "outcome": outcome}
         told.metric_analysis.clear()
         told.metric_n_steps.clear()
 

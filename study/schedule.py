@@ -32,6 +32,7 @@ class Node:
     Attributes:
         chains: pending cells at or below it.
         path: training units from its start to the end of its longest branch.
+        pruned: its trajectory was ended after it, at a rung of a search.
         place: where it was trained last, if that is known.
     """
 
@@ -42,6 +43,7 @@ class Node:
     path: int = 0
     children: list[Node] = field(default_factory=list)
     status: Status = "waiting"
+    pruned: bool = False
     error: str | None = None
     place: str | None = None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from study.documents import StudyError
 from study.durable import make_folder
 from study.interrupts import StudyHaltedError
+from study.options import without_password
 
 log = logging.getLogger(__name__)
 
@@ -137,11 +137,6 @@ def _database(place: Place) -> optuna.storages.BaseStorage:
                 "postgresql+psycopg://USER@HOST/DATABASE or sqlite:///FILE, whose driver is installed (extra `search`)"
             ]
         ) from error
-
-
-def without_password(url: str) -> str:
-    """An address as a message may show it."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:…@", url)
 
 
 def _drop_torn_tail(path: Path) -> None:
