@@ -456,7 +456,14 @@ NO_EFFECT = {
     "description": "Another description",
     "study": "another",
     "report": {"compare": "first", "per_class": True, "notes": ["n"]},
-    "execution": {"token_cache": "auto", "max_failures": 9, "allow_mixed": True, "cache_disk_share": 0.1, "gpus": 0},
+    "execution": {
+        "token_cache": "auto",
+        "max_failures": 9,
+        "allow_mixed": True,
+        "cache_disk_share": 0.1,
+        "gpus": "auto",
+        "autoscale_to": 8,
+    },
     "search": {"trials": 3},
 }
 
