@@ -300,7 +300,7 @@ def _ground(settings: Settings, material: Material, compute: Compute) -> str:
     """Digest of what holds for the whole trajectory, apart from the seed."""
     s = settings
     return _ground_digest(
-        s.dataset.model_dump_json(exclude={"root", "test_on", "tested", *READING}),
+        s.dataset.model_dump_json(exclude={"root", "test_on", "tested", "cache_gb", *READING}),
         s.model.model_dump_json(exclude={"backbone", "mean", "std", "weights", "small", "own_size"}),
         s.optimiser.model_dump_json(include={"batch_size", "weight_decay", "clip_norm"}),
         s.model_dump_json(include=TASK_GROUPS),

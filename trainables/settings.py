@@ -89,6 +89,11 @@ class DatasetSettings(SourceSettings):
         description="training images are seen flipped at random, boxes and masks along: horizontal exchanges left and "
         "right, vertical top and bottom; each flip with probability 1/2",
     )
+    cache_gb: Positive | None = Field(
+        None,
+        description="most that decoded images may take in the storage, those of other data sets included, GB; without "
+        "effect on results; null: what is free on its disk",
+    )
     drop_classes: tuple[str, ...] = Field((), description="classes left out of training and tables, by name")
     test_on: TestOnSettings | None = Field(
         None, description="another data set to test on too; training then keeps to the labels that both have"

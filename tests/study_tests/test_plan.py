@@ -271,6 +271,8 @@ CHANGES: dict[str, Change] = {
     "dataset.name": trajectory(dataset__name="phantom-derm"),
     "dataset.image_size": trajectory(dataset__image_size=72),
     "dataset.fit": trajectory(dataset__fit="squash"),
+    "dataset.flips": trajectory(dataset__flips="horizontal"),
+    "dataset.cache_gb": Change("nothing", {"dataset.cache_gb": 5.0}, {}),
     "dataset.split_seed": trajectory(dataset__split_seed=1),
     "dataset.drop_classes": trajectory(dataset__drop_classes=["Hernia"]),
     "dataset.images": trajectory(dataset__images=700),

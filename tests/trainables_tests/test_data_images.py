@@ -317,6 +317,25 @@ class TestCache:
             of_size(28)
         assert folders["20"].exists()
 
+    def test_all_caches_together_stay_below_the_bound_that_is_set(
+        self, data: tuple[Index, Path], tmp_path: Path
+    ) -> None:
+        def of_size(size: int, most: int) -> ImageCache:
+            return ImageCache.open(
+                data[0], data[1], image_size=size, fit="crop", folder=tmp_path / "cache", most_bytes=most
+            )
+
+        most = 12 * (16**2 + 20**2)
+        of_size(16, most), of_size(20, most)
+        with pytest.raises(DataError, match=r"dataset.cache_gb: decoded images need .* in use today; allow more"):
+            of_size(17, most)
+        (old,) = (tmp_path / "cache").glob("*-16-crop-*/state.npz")
+        os.utime(old, (time.time() - 25 * 3600,) * 2)
+        assert of_size(12, most).decoded == 12
+        sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/pixels-*.u8"))
+        assert sizes == [12 * 12**2, 12 * 20**2], "the one that was of no use for a day made room"
+        assert of_size(20, 1).decoded == 0, "what is there is read"
+
     def test_a_disk_that_is_too_full_is_an_error_before_writing(
         self, data: tuple[Index, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -93,14 +93,16 @@ class ImageStore:
     shape: tuple[int, int, int, int]
     fit: Fit
     claims: Claims | None
+    most_bytes: int | None = None  # that it and all caches beside it may take
 
     @classmethod
-    def of(cls, index: Index, image_size: int, fit: Fit, folder: Path) -> ImageStore:
+    def of(cls, index: Index, image_size: int, fit: Fit, folder: Path, most_bytes: int | None = None) -> ImageStore:
         """The cache of an index at a size, under the folder of all caches."""
         h = hashlib.sha256(f"{image_size} {fit} {index.channels} {len(index)}\0".encode())
         h.update("\0".join(index.names.tolist()).encode())
         name = f"{index.dataset}-{image_size}-{fit}-{h.hexdigest()[:16]}"
-        return cls(folder / name, (len(index), image_size, image_size, index.channels), fit, index.claims)
+        shape = (len(index), image_size, image_size, index.channels)
+        return cls(folder / name, shape, fit, index.claims, most_bytes)
 
     @property
     def lock(self) -> FileLock:
@@ -149,10 +151,16 @@ class ImageStore:
         """A new, writable pixel file; caches that were long of no use make room for it.
 
         Raises:
-            DataError: the disk is too full for it.
+            DataError: the disk is too full for it, or what caches may take is taken.
             OSError: it has become so meanwhile.
         """
-        _evict(self.folder, self._bytes())
+        self._evict()
+        if self.most_bytes is not None and self._room() < self._bytes():
+            raise DataError(
+                f"dataset.cache_gb: decoded images need {self._bytes() / 1e9:.2f} GB, of {self.most_bytes / 1e9:.2f} GB "
+                f"{_taken(self.folder) / 1e9:.2f} are taken by caches that were in use today; allow more, delete some "
+                f"of {self.folder.parent}, or choose a smaller dataset.image_size"
+            )
         free = shutil.disk_usage(self.folder).free
         if free < self._bytes():
             raise DataError(
@@ -183,8 +191,8 @@ class ImageStore:
     def _write(self, name: str, path: Path, files: Files, sizes: Sizes, hashes: Hashes) -> None:
         partial = self.folder / f"{name}-{uuid4().hex}.partial"
         with partial.open("wb") as file:
-            arrays = {"stamps": files.stamps, "samples": files.samples, "sizes": sizes, "hashes": hashes}
-            np.savez(file, pixels=np.array(path.name), **arrays)
+            named, stamps, samples = np.array(path.name), files.stamps, files.samples
+            np.savez(file, pixels=named, stamps=stamps, samples=samples, sizes=sizes, hashes=hashes)
         partial.replace(self.folder / name)
 
     def _read(self, name: str) -> dict[str, npt.NDArray[np.generic]] | None:
@@ -202,25 +210,33 @@ class ImageStore:
     def _bytes(self) -> int:
         return int(np.prod(self.shape))
 
+    def _room(self) -> int:
+        """Bytes that this cache may take now."""
+        free = shutil.disk_usage(self.folder).free
+        return free if self.most_bytes is None else min(free, self.most_bytes - _taken(self.folder))
 
-def _evict(folder: Path, wanted: int) -> None:
-    """Delete caches beside `folder`, the longest unused first, until there is room; a process that reads one goes on.
+    def _evict(self) -> None:
+        """Delete caches beside this one, the longest unused first, until there is room; who reads one goes on.
 
-    Only caches that nobody has opened for a day, so that two studies never take turns at evicting each other's.
-    """
-    old = time.time() - EVICTABLE_SECONDS
-    states = [(path.stat().st_mtime, path.parent) for path in folder.parent.glob(f"*/{STATE}") if path.parent != folder]
-    for used, other in sorted(states):
-        if shutil.disk_usage(folder).free >= wanted or used > old:
-            return
-        try:
-            with FileLock(other.with_suffix(".lock"), timeout=0):
-                shutil.rmtree(other)
-        except Timeout:  # somebody is about to use it
-            continue
-        _log.warning(
-            "%s: deleted, unused for %.0f days, to make room for %s", other, (time.time() - used) / 86400, folder
-        )
+        Only caches that nobody has opened for a day, so that two studies never take turns at evicting each other's.
+        """
+        old = time.time() - EVICTABLE_SECONDS
+        beside = [path for path in self.folder.parent.glob(f"*/{STATE}") if path.parent != self.folder]
+        for used, other in sorted((path.stat().st_mtime, path.parent) for path in beside):
+            if self._room() >= self._bytes() or used > old:
+                return
+            try:
+                with FileLock(other.with_suffix(".lock"), timeout=0):
+                    shutil.rmtree(other)
+            except Timeout:  # somebody is about to use it
+                continue
+            days = (time.time() - used) / 86400
+            _log.warning("%s: deleted, unused for %.0f days, to make room for %s", other, days, self.folder)
+
+
+def _taken(folder: Path) -> int:
+    """Bytes of the decoded images of all caches beside `folder`."""
+    return sum(path.stat().st_size for path in folder.parent.glob("*/pixels-*.u8") if path.parent != folder)
 
 
 def hash_of(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -58,6 +58,7 @@ class ImageCache:
         image_size: int,
         fit: Fit,
         folder: Path,
+        most_bytes: int | None = None,
         workers: int = 1,
         told: Told | None = None,
     ) -> ImageCache:
@@ -72,15 +73,16 @@ class ImageCache:
             fit: 'crop' scales the shorter side to S and takes the centre; 'squash' scales both sides to S;
                 'letterbox' the longer side, the rest is grey.
             folder: of all caches.
+            most_bytes: that all caches under `folder` may take; None: what is free on the disk.
             workers: threads that decode.
             told: hears after each image how many of those to decode are done.
 
         Raises:
-            DataError: images that are missing or cannot be read.
+            DataError: images that are missing or cannot be read, or no room for the decoded ones.
         """
         paths = locate(index, root)
         files = Files.of(paths)
-        store = ImageStore.of(index, image_size, fit, folder)
+        store = ImageStore.of(index, image_size, fit, folder, most_bytes)
         stored = store.load()
         if stored is None or len(stored.outdated(files)):
             folder.mkdir(parents=True, exist_ok=True)
