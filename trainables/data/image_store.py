@@ -157,8 +157,8 @@ class ImageStore:
         self._evict()
         if self.most_bytes is not None and self._room() < self._bytes():
             raise DataError(
-                f"dataset.cache_gb: decoded images need {self._bytes() / 1e9:.2f} GB, of {self.most_bytes / 1e9:.2f} GB "
-                f"{_taken(self.folder) / 1e9:.2f} are taken by caches that were in use today; allow more, delete some "
+                f"dataset.cache_gb: decoded images need {self._bytes() / 1e9:.2f} GB; of {self.most_bytes / 1e9:.2f} "
+                f"that are allowed, caches in use today take {_taken(self.folder) / 1e9:.2f}; allow more, delete some "
                 f"of {self.folder.parent}, or choose a smaller dataset.image_size"
             )
         free = shutil.disk_usage(self.folder).free
