@@ -187,9 +187,8 @@ def make_chestxray14(root: Path, patients: int = 100) -> Path:
             told = "|".join(found) or chestxray14.NO_FINDING
             rows.append([name, told, follow_up, patient, 40, "F", "PA", 2500, 2048, 0.171, 0.171])
             lists["test" if patient % 4 == 0 else "train"].append(name)
-            boxes += [[name, found[0].replace("Infiltration", "Infiltrate"), 100, 100, 200, 300, "", "", ""]] * bool(
-                found
-            )
+            boxed = [finding.replace("Infiltration", "Infiltrate") for finding in found[:1]]
+            boxes += [[name, finding, 100, 100, 200, 300, "", "", ""] for finding in boxed]
             pixels = picture(labels.tolist(), rng)
             if patient % 10 == 0:
                 pixels = np.dstack([pixels] * 3 + [np.full_like(pixels, 255)])

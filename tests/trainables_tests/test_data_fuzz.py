@@ -173,7 +173,7 @@ def read_everything(case: Layout, root: Path) -> None:
     "case", CASES, ids=lambda case: f"{case.dataset} {case.folder} {case.options.get('split', '')}"
 )
 @given(breaking=breakings(), turn=st.integers(0, 5))
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_broken_file_is_one_clear_error_or_named_rows(
     case: Layout, breaking: Callable[[bytes], bytes], turn: int
 ) -> None:
@@ -304,7 +304,7 @@ def picture(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "16 bits", "RGBA", "palette", "JPEG", "TIFF", "BMP", "WEBP", "JPEG2000"])
 @given(breaking=breakings())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @pytest.mark.filterwarnings("ignore")
 def test_a_broken_image_is_read_or_unreadable_and_nothing_else(kind: str, breaking: Callable[[bytes], bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
