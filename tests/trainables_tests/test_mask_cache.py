@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from tests.made_datasets import make_chexmask
 from trainables.data import mask_cache
 from trainables.data.chest_scene import draw_chest
 from trainables.data.decode import decode
@@ -24,6 +25,7 @@ from trainables.data.mask_files import MaskFolders
 from trainables.data.masks import read_mask, run_lengths, stem_of
 from trainables.data.phantom import chest_images, draw_chest_phantom
 from trainables.data.placing import Fit
+from trainables.data.registry import load_index
 from trainables.settings import DatasetSettings, SegmentationSettings
 
 Mask = npt.NDArray[np.bool_]
@@ -240,6 +242,15 @@ def test_chexmask_is_read_by_name_and_poor_or_absent_masks_are_unknown(folders: 
     assert not masks.of(np.array([0])).any()
     lower = opened(index, root, size=60, fit="squash", masks=str(root / "t.csv"), min_mask_quality=0.6)
     assert lower.known[:, 0].tolist() == [True, False, True, False]
+
+
+def test_chexmask_goes_with_the_dicom_files_that_it_was_made_for(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    index = load_index(DatasetSettings(name="vindr_cxr", root=str(make_chexmask(tmp_path))))
+    masks = opened(index, tmp_path, size=40, masks="OriginalResolution/VinDr-CXR.csv")
+    assert masks.known.all(1).sum() == 159 - 15, "one is not listed, every tenth is poor"
+    row = int(np.flatnonzero(masks.known.all(1))[0])
+    assert masks.area(np.array([row]))[0].tolist() == [220, 220, 144]
 
 
 @pytest.mark.parametrize(
