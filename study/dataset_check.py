@@ -14,9 +14,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from study.documents import StudyError
-from trainables.data.adapter import Refused
 from trainables.data.boxes import Boxes
-from trainables.data.index import SPLITS, Index
+from trainables.data.index import SPLITS, Index, Refused
 from trainables.data.registry import (
     DATASETS,
     find,
@@ -245,11 +244,13 @@ def write_findings(faults: list[tuple[str, str, str]], path: Path) -> None:
     Raises:
         StudyError: the file cannot be written.
     """
+    from analysis.csv_files import no_formula
+
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["kind", "place", "detail"])
-            writer.writerows(faults)
+            writer.writerows([no_formula(text) for text in fault] for fault in faults)
     except OSError as error:
         raise StudyError([f"--findings {path}: cannot be written ({error.strerror}); name another file"]) from error
 

@@ -57,6 +57,7 @@ class GrowingSchedule(Schedule):
         """A trial has ended well: at a rung its trajectory may end with it."""
         super().done(node)
         if any(child.status == "waiting" for child in node.children) and not self._goes_on(node):
+            node.pruned = True
             for child in node.children:
                 _skip(child)
 

@@ -1,6 +1,6 @@
 """A Ray cluster to run trials on: reach it or start it, count its slots, and ask its nodes what they see.
 
-With `ray_executor` the only file that imports ray.
+With `ray_executor`, `ray_head` and `ray_dashboard` the only files that import ray.
 """
 
 from __future__ import annotations
@@ -12,50 +12,72 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is there, its stub is not
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from study import node_survey
 from study.documents import StudyError
 from study.executors import placed
-from study.interrupts import kept_signals
-from study.ray_environment import address_fault, token_fault
+from study.interrupts import ClusterLostError, kept_signals
+from study.ray_dashboard import job_of
+from study.ray_environment import address_fault, sent_along, token_fault
+from study.ray_head import THIS_MACHINE, leave, watched
 from study.schedule import Schedule
+from study.spec import Study
 from study.store import Store
 
+log = logging.getLogger(__name__)
+
 PROJECT = Path(__file__).resolve().parents[1]
+METRICS_TARGETS = "prom_metrics_service_discovery.json"  # Ray writes it into its temporary folder
 ANSWER_SECONDS = 6.0  # for a head node to answer; Ray itself would ask for minutes
 SURVEY_SECONDS = 120.0  # for all nodes together: they may have to start a worker and to fetch the encoder
 
 
 @contextmanager
-def cluster(address: str | None, *, verbose: bool) -> Iterator[None]:
+def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[None]:
     """Be connected to a cluster that others started, or to one of this machine's own that lives as long as the body.
+
+    The latter listens on loopback alone. What is sent along shows in Ray's dashboard, so it holds no secret.
+
+    Args:
+        study: whose job it is.
 
     Raises:
         StudyError: it cannot be reached or started; says why within seconds.
+        ClusterLostError: its head node went away meanwhile; this process must end.
     """
-    environment = {"PYTHONPATH": str(PROJECT)} | {n: v for n, v in os.environ.items() if n.startswith("HF_")}
+    environment = {"PYTHONPATH": str(PROJECT)} | sent_along(os.environ)
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": verbose}
-    options |= {"logging_level": logging.INFO if verbose else logging.ERROR}
+    options |= {"logging_level": logging.INFO if verbose else logging.ERROR, "job_config": job_of(study)}
     if address is None:
+        if fault := token_fault():
+            raise StudyError([fault])
         folder = tempfile.mkdtemp(prefix="ray")  # socket paths are limited to 107 bytes, so not in the storage
         options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
     else:
         options |= {"address": _answering(address)}
+    where, lost = THIS_MACHINE if address is None else f"--address {address}", False
     try:
         with _quiet(verbose):
-            _connect(options, "this machine" if address is None else f"--address {address}")
-            yield
+            with _on_loopback() if address is None else nullcontext():
+                _connect(options, where)
+            if address is None:
+                log.info("metrics for Prometheus: targets in %s/%s", options["_temp_dir"], METRICS_TARGETS)
+            with watched(where):
+                yield
+    except ClusterLostError:
+        lost = True
+        raise
     finally:
-        ray.shutdown()
+        leave() if lost else ray.shutdown()
         if address is None and not verbose:
             shutil.rmtree(options["_temp_dir"], ignore_errors=True)
 
@@ -101,7 +123,8 @@ def survey(schedule: Schedule, store: Store, resources: Mapping[str, float]) -> 
         for node in ray.nodes():
             if _room(node, resources):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                asked[ask.options(scheduling_strategy=there).remote(wanted)] = node
+                named = ask.options(scheduling_strategy=there, name=f"{schedule.study.name}: survey of {_name(node)}")
+                asked[named.remote(wanted)] = node
         here = node_survey.look(wanted)
         answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
         for answer in answered:
@@ -137,6 +160,21 @@ def _room(node: Mapping[str, Any], resources: Mapping[str, float]) -> int:
 
 def _name(node: Mapping[str, Any]) -> str:
     return f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a cluster that starts meanwhile listen on 127.0.0.1 alone, every process and port of it.
+
+    Ray takes the machine's outward address for its own unless clusters are said not to span machines: a switch that
+    it has for the firewalls of macOS and Windows, read from the environment when it was imported.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _connect(options: Mapping[str, Any], where: str) -> None:

@@ -1,8 +1,9 @@
 """Run a schedule through Ray Tune: a Searcher releases trials whose parent is done.
 
-With `ray_cluster` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and keeps worker
-processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker died or hung,
-is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
+With `ray_cluster`, `ray_head` and `ray_dashboard` the only files that import ray. Tune starts trials, gives them CPUs
+and GPUs, and keeps worker processes warm (`reuse_actors`). Which trials are ready, and which are started again because
+their worker died or hung, is decided here; what has been trained is known from our own store alone; Tune's restore is
+not used.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle, tune
 from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from study import worker_faults
 from study.documents import StudyError
 from study.executors import Attempts, Listener, Worker, placed, worker_at
 from study.ray_cluster import cluster, first_line, require_slots, slots, survey
+from study.ray_dashboard import Measured, named_tasks
 from study.schedule import Node, Schedule
 from study.spec import Execution
 from study.store import Store
@@ -63,7 +66,7 @@ class RayExecutor:
         """See `study.executors.Executor`: the cluster answers, has room for a trial, and its nodes see what we see."""
         if self._address is None:
             return
-        with cluster(self._address, verbose=self._verbose):
+        with cluster(self._address, schedule.study, verbose=self._verbose):
             require_slots(self._resources)
             survey(schedule, store, self._resources)
 
@@ -73,7 +76,12 @@ class RayExecutor:
         Raises:
             StudyError: the cluster cannot be reached, or no node of it can hold a trial.
         """
-        with cluster(self._address, verbose=self._verbose), _dead_actors_are_known():
+        with (
+            cluster(self._address, schedule.study, verbose=self._verbose),
+            _dead_actors_are_known() as errors,
+            named_tasks(),
+        ):
+            listener = Measured(listener, schedule)
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(require_slots(self._resources))
             attempts = Attempts(schedule, listener, self._execution.max_failures)
             searcher = StageSearcher(schedule, store, listener, self._resources, attempts)
@@ -91,7 +99,7 @@ class RayExecutor:
                     name="trials",
                     storage_path=str(store.tune),
                     failure_config=tune.FailureConfig(max_failures=0),  # started again by the searcher
-                    callbacks=[_Watch(searcher, self._resources, self._timeout)],
+                    callbacks=[_Watch(searcher, self._resources, self._timeout, errors)],
                     verbose=0,
                 ),
             )
@@ -113,6 +121,7 @@ class StageSearcher(Searcher):
 
     Attributes:
         interruption: what the listener raised, if it did.
+        outcomes: trial → FINISHED, PRUNED (its trajectory was ended after it) or FAILED, until Tune has been told.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class StageSearcher(Searcher):
     ) -> None:
         super().__init__(metric="epoch", mode="max")
         self.interruption: BaseException | None = None
+        self.outcomes: dict[str, str] = {}
         self._schedule = schedule
         self._store = store
         self._resources = resources
@@ -158,9 +168,11 @@ class StageSearcher(Searcher):
         failure = result.get("failure")
         if failure:
             self._tell(self._attempts.stopped, node, Fault(failure, again=False))
+            self.outcomes[trial_id] = "FAILED"
         else:
             self._schedule.done(node)
             self._tell(self._listener.finished, node)
+            self.outcomes[trial_id] = "PRUNED" if node.pruned else "FINISHED"
 
     def at(self, trial_id: str) -> tuple[Node, str]:
         """A running trial and what its worker is doing."""
@@ -203,8 +215,15 @@ class StageSearcher(Searcher):
 class _Watch(tune.Callback):
     """Sees what Tune tells no searcher: why a worker died, that one has hung, that no node is left."""
 
-    def __init__(self, searcher: StageSearcher, resources: dict[str, float], timeout: float | None) -> None:
+    def __init__(
+        self,
+        searcher: StageSearcher,
+        resources: dict[str, float],
+        timeout: float | None,
+        errors: dict[str, Exception],
+    ) -> None:
         self._searcher = searcher
+        self._errors = errors
         self._resources = resources
         self._timeout = timeout
         self._silence = Silence(math.inf if timeout is None else timeout)
@@ -215,6 +234,11 @@ class _Watch(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         """A trial has finished a step."""
         self._silence.heard(trial.trial_id)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune knows TERMINATED alone: what became of a trial stands in its last result, as `outcome`."""
+        outcome = self._searcher.outcomes.pop(trial.trial_id)
+        trial.run_metadata.last_result = {**trial.last_result, "outcome": outcome}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A turn of Tune's loop: end the workers of trials that have been silent for too long."""
@@ -242,7 +266,7 @@ class _Watch(tune.Callback):
         self._searcher.lost(trial.trial_id, fault)
 
     def _fault(self, node: Node, trial: Any) -> Fault:
-        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        error = self._errors.pop(trial.trial_id)
         if isinstance(error, ray.exceptions.RayTaskError):
             return Fault(f"{type(error.cause).__name__}: {first_line(error.cause)}", again=True)
         if isinstance(error, _KilledForMemoryError):
@@ -255,11 +279,21 @@ class _KilledForMemoryError(ray.exceptions.RayActorError):
 
 
 @contextmanager
-def _dead_actors_are_known() -> Iterator[None]:
-    """Tune ends a whole run when an actor is lost in a way that it does not expect, such as to the memory monitor.
+def _dead_actors_are_known() -> Iterator[dict[str, Exception]]:
+    """Trial id → why its actor was lost, for as long as the body runs.
 
-    Ray reports such a loss by `OutOfMemoryError` and others, Tune knows `RayActorError` alone.
+    Tune ends a whole run when an actor is lost in a way that it does not expect, such as to the memory monitor: Ray
+    reports that by `OutOfMemoryError` and others, Tune knows `RayActorError` alone. It would also write errors as
+    pickles and read them back, from a storage that others may write to: it is given their text alone.
     """
+    errors: dict[str, Exception] = {}
+    handle_error = Trial.handle_error
+
+    def handled(self: Trial, exc: Exception | None = None) -> None:
+        if exc is not None:
+            errors[self.trial_id] = exc
+        handle_error(self, tune.TuneError(str(exc)))
+
     originals = {name: getattr(RayActorManager, name) for name in ("_actor_task_failed", "_actor_start_failed")}
     for name, original in originals.items():
 
@@ -267,9 +301,11 @@ def _dead_actors_are_known() -> Iterator[None]:
             _original(self, *lost, exception=_as_actor_error(exception), **named)
 
         setattr(RayActorManager, name, failed)
+    Trial.handle_error = handled
     try:
-        yield
+        yield errors
     finally:
+        Trial.handle_error = handle_error
         for name, original in originals.items():
             setattr(RayActorManager, name, original)
 
@@ -300,6 +336,11 @@ class TrialActor(tune.Trainable):
         logging.getLogger("trainables").setLevel(logging.WARNING)
         self._worker: Worker | None = None
         self._next: dict[str, Any] | None = config
+        self._first = str(config["name"])
+
+    def __repr__(self) -> str:
+        """As the dashboard lists it: Ray asks once, so a worker goes by its first trial. Its tasks name the others."""
+        return f"{self._first} (and what follows)"
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take another trial in the same process."""

@@ -13,6 +13,7 @@ from typing import Literal
 
 from study.chains import Chain
 from study.plan import Plan
+from study.spec import Study
 from trainables.requests import CacheRequest, TrialRequest, Watch
 
 Status = Literal["waiting", "running", "done", "skipped", "failed"]
@@ -25,7 +26,7 @@ class Node:
     Attributes:
         chains: pending cells at or below it.
         path: training units from its start to the end of its longest branch.
-        failures: times its worker died so far.
+        pruned: its trajectory was ended after it, at a rung of a search.
     """
 
     request: TrialRequest
@@ -35,6 +36,7 @@ class Node:
     path: int = 0
     children: list[Node] = field(default_factory=list)
     status: Status = "waiting"
+    pruned: bool = False
     error: str | None = None
 
     @property
@@ -62,6 +64,11 @@ class Schedule:
             head_epochs = node.request.settings.strategy.head_epochs
             if node.request.last <= head_epochs and has_state(node.request.keys[-1]) and node.children:
                 node.status = "skipped"
+
+    @property
+    def study(self) -> Study:
+        """Whose trials these are."""
+        return self._plan.study
 
     def next(self) -> Node | None:
         """The ready trial with the longest remaining path, now running; None if none is ready."""

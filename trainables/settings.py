@@ -9,6 +9,7 @@ An *intervention* is a setting that influences the trajectory of the raw weights
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -63,6 +64,21 @@ class SourceSettings(Frozen):
     channels: Literal[1, 3] | None = Field(
         None, description="csv, coco, yolo: 1 reads images as grey, 3 (default) as RGB"
     )
+    group_pattern: str | None = Field(
+        None,
+        min_length=1,
+        description="coco, yolo: regular expression whose first group (or all of it), as found in an image's name, "
+        "must not span two splits, such as the patient: '^[0-9]+'; default: every image is its own group",
+    )
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
 
 
 class TestOnSettings(SourceSettings):
@@ -125,6 +141,7 @@ READING = frozenset(
         "label_separator",
         "encoding",
         "channels",
+        "group_pattern",
     }
 )
 

@@ -136,8 +136,9 @@ class Trial:
         )
         self._write_results()
         self._forget(before)
-        if self.done:
-            self._forget(self.epoch)
+        if self.done:  # also what a worker that was cut off, and given up, has saved behind our back
+            for epoch in range(self.request.first + 1, self.epoch + 1):
+                self._forget(epoch)
         return record
 
     def _forget(self, epoch: int) -> None:

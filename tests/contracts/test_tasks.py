@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from study.store import Store
 from tests.detection_extra import needs_detection
 from tests.task_cases import CASES, CPU, IMAGES, Case, opened
 from trainables.costs import IMAGES as PIXELS
-from trainables.requests import CacheRequest
+from trainables.requests import CacheRequest, Observer
 from trainables.results import EpochRecord
 from trainables.settings import Task as TaskName
 from trainables.strategy import total_epochs
@@ -134,6 +135,13 @@ def test_frozen_weights_and_buffers_stand_still_and_unfrozen_blocks_move(case: C
         assert moved <= may_move
         for part in trained:
             assert moved & {names[id(p)] for p in part.parameters()}, "an unfrozen part did not train"
+        statistics = {
+            names[id(x)]
+            for part in trained
+            for n, x in part.named_buffers()
+            if n.endswith(("running_mean", "running_var"))
+        }
+        assert statistics <= moved, "a batch norm that trains follows its batches"
         frozen = [p for name, p in t.model.module().named_parameters() if name not in may_move]
         assert all(p.grad is None and not p.requires_grad for p in frozen)
 
@@ -165,6 +173,39 @@ def test_a_run_taken_up_after_any_epoch_is_the_unbroken_one(
     torch.manual_seed(boundary)
     for expected in history[boundary:]:
         assert facts(second.train_epoch()) == facts(expected)
+
+
+def test_a_run_begun_anew_after_every_epoch_keeps_weights_averages_and_results_to_the_bit(
+    case: Case, task: Task, tmp_path: Path
+) -> None:
+    """Through files, as after a crash: the state, the class weights and the averaged copies all come back."""
+    request = case.request((Observer(None, 0.0, None), Observer(0.9, 2.0, None)), weighting={"enabled": True})
+    whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
+    unbroken = case.trial(request, task, whole)
+    for epoch in range(EPOCHS):
+        unbroken.step()
+        trial = case.trial(request, task, broken)
+        assert trial.epoch == epoch
+        torch.manual_seed(epoch)  # what the process before left in the generator is gone
+        trial.step()
+    assert unbroken.done and trial.done
+    leaf = request.keys[-1]
+    ours, theirs = (store.newest([leaf], lambda _: True) for store in (broken, whole))
+    assert ours is not None and theirs is not None
+    assert ours.state.class_state == theirs.state.class_state is not None
+    assert ours.state.averages == theirs.state.averages
+    assert ours.state.tensors.keys() == theirs.state.tensors.keys()
+    assert all(torch.equal(tensor, theirs.state.tensors[name]) for name, tensor in ours.state.tensors.items())
+    for watch in request.watches:
+        mine, other = (store.load_result(leaf, watch.observer.name) for store in (broken, whole))
+        assert mine is not None and other is not None
+        assert mine.metrics == other.metrics
+        with (
+            np.load(broken.predictions(leaf, watch.observer.name)) as a,
+            np.load(whole.predictions(leaf, watch.observer.name)) as b,
+        ):
+            assert a.files == b.files
+            assert all(a[name].tobytes() == b[name].tobytes() for name in a.files)
 
 
 def test_cached_prefixes_change_no_bit(case: Case, task: Task, history: list[EpochRecord], tmp_path: Path) -> None:

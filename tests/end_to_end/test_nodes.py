@@ -102,16 +102,20 @@ def test_a_port_where_something_else_listens_is_said_within_seconds(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("token", ["none", "another", "missing"])
+@pytest.mark.parametrize("token", ["unsaid", "none", "another", "missing"])
 def test_a_token_that_is_not_the_clusters_is_said_with_where_it_is_set(
     token: str, nodes: RayNodes, tmp_path: Path
 ) -> None:
     path = tmp_path / "token"
     if token == "another":
         path.write_text(secrets.token_hex(32))
-    environment = {} if token == "none" else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    environment = {"unsaid": {}, "none": {"RAY_AUTH_MODE": "disabled"}}.get(token, given)
     said = refusal(tmp_path, nodes.address, environment=environment, seconds=10)
-    expected = f"{path} holds none (No such file" if token == "missing" else "the cluster refuses our token"
+    expected = {
+        "missing": f"{path} holds none (No such file",
+        "unsaid": "RAY_AUTH_MODE is not set: set RAY_AUTH_MODE=token",
+    }.get(token, "the cluster refuses our token")
     assert f"error --address {nodes.address}: " in said and expected in said
     assert "RAY_AUTH_TOKEN_PATH" in said
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.data.boxes import Boxes
-from trainables.data.index import Claims, DataError
+from trainables.data.index import Claims, DataError, Refused
 from trainables.data.masks import Masks
 from trainables.settings import DatasetSettings
 
@@ -46,14 +46,6 @@ class DatasetInfo:
     default_images: int | None = None
     notes: tuple[str, ...] = ()
     claims: Claims | None = None
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row or annotation that cannot be used: where it stands, and why."""
-
-    place: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from trainables.data.adapter import Refused
 from trainables.data.boxes import Boxes, box_fault
-from trainables.data.index import DataError
+from trainables.data.index import DataError, Refused
 from trainables.data.tables import texts
 
 _BROKEN = (KeyError, TypeError, ValueError, OverflowError)  # entries that lack something, or hold something else

@@ -19,6 +19,14 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A row or annotation that cannot be used: where it stands, and why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Claims:
     """What DICOM files of a data set must say of themselves, where they say anything.
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
-from trainables.data.index import CHEST_RADIOGRAPHS, UNLABELLED, DataError
+from trainables.data.adapter import Adapter, DatasetInfo, Table
+from trainables.data.index import CHEST_RADIOGRAPHS, UNLABELLED, DataError, Refused
 from trainables.data.masks import Mask, Masks, by_stem, read_mask
 from trainables.data.tables import root_of, texts
 from trainables.settings import DatasetSettings

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.adapter import Refused
 from trainables.data.boxes import Boxes, box_fault
 from trainables.data.decode import UNREADABLE, decode_whole, holds_dicom
 from trainables.data.dicom import WrongImageError, claimed
-from trainables.data.index import DataError, Index
+from trainables.data.index import DataError, Index, Refused
 from trainables.data.masks import Masks, aspect_fault, stem_of
 
 

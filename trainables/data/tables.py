@@ -14,8 +14,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.adapter import Refused
-from trainables.data.index import DataError
+from trainables.data.index import DataError, Refused
 
 _Row = TypeVar("_Row")
 _LONGEST = 1000  # characters of a value: arrays of names are as wide as the longest

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
+from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes
 from trainables.data.coco import Coco, read_coco, to_boxes
-from trainables.data.index import CHEST_RADIOGRAPHS, SPLITS, UNLABELLED, DataError
+from trainables.data.index import CHEST_RADIOGRAPHS, SPLITS, UNLABELLED, DataError, Refused
 from trainables.data.tables import root_of, texts
 from trainables.settings import DatasetSettings
 
