@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from study.documents import StudyError
 from trainables.data.boxes import Boxes
 from trainables.data.index import SPLITS, Index, Refused
+from trainables.data.masks import Masks
 from trainables.data.registry import (
     DATASETS,
     find,
@@ -179,8 +180,16 @@ def _look(settings: DatasetSettings, index: Index, boxes: Boxes | None, seen: Ca
         unreadable=survey.unreadable,
         wrong=(*survey.wrong, *of_boxes, *of_masks),
         duplicates=tuple(_duplicates(index, rows) for rows in survey.duplicates),
-        oddities=_kinds_of_dicom(survey.claimed),
+        oddities=(*_kinds_of_dicom(survey.claimed), *_left_out(masks)),
     )
+
+
+def _left_out(masks: Masks | None) -> tuple[str, ...]:
+    """Masks that a study would leave out."""
+    if masks is None or not masks.left_out:
+        return ()
+    image, why = next(iter(masks.left_out.items()))
+    return (f"the masks of {len(masks.left_out)} images are left out, the first are those of {image}: {why}",)
 
 
 def _kinds_of_dicom(claimed: Mapping[tuple[str, str], int]) -> tuple[str, ...]:

@@ -315,6 +315,9 @@ def test_masks_that_cannot_be_read_or_show_something_else_are_found(tmp_path: Pa
     lines = table.read_text().splitlines()
     lines[5] = lines[5].replace(",40,40", ",40,80")
     table.write_text("\n".join(lines) + "\n")
+    warnings = check_dataset({"name": "vindr_cxr", "root": str(root)}).warnings
+    told = f"the masks of 15 images are left out, the first are those of {10:032x}: Dice RCA (Mean) is 0.50, below 0.70"
+    assert told in warnings
     assert reasons("vindr_cxr", root) == ["a mask of 40 × 80 px (height × width) does not go with an image of 40 × 40"]
 
 
