@@ -245,7 +245,7 @@ def test_a_search_that_postgres_keeps_is_killed_goes_on_and_is_that_of_the_journ
 
 
 def test_pruned_is_pruned_in_ray_in_optuna_and_in_the_ledger(undisturbed: Searched, tmp_path: Path) -> None:
-    """After the default come rates that wreck the encoder: what is tried of them ends at the rung, but for one at most."""
+    """After the default come rates that wreck the encoder: all that is tried of them, but one at most, ends early."""
     with launched(tmp_path, study="search", overrides=WRECKING, executor="ray") as launch:
         assert launch.wait() == 0, launch.output
     after = Searched(tmp_path, Search.of(declared({key: json.loads(value) for key, value in WRECKING.items()})), 0)
