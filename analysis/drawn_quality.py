@@ -93,7 +93,7 @@ def boxes_of(stored: Arrays) -> Boxes:
         at = np.concatenate([part[1] for part in parts])
         hit = np.concatenate([part[2] for part in parts], axis=-1)
         order = np.argsort(-scores, kind="stable")
-        right = np.flatnonzero(hit.any(axis=0)[order])
+        right = np.flatnonzero(hit[:, order].any(axis=0))
         last = right[-1] + 1 if len(right) else 0  # what comes after the last hit changes no figure
         found.append(_Found(at[order][:last], hit[:, order[:last]]))
     return Boxes(tuple(found), true)
