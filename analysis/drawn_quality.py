@@ -89,9 +89,11 @@ def boxes_of(stored: Arrays) -> Boxes:
             mine = boxes[i][boxes[i, :, 5] == c]
             mine = mine[np.argsort(-mine[:, 4], kind="stable")]
             parts.append((mine[:, 4], np.full(len(mine), i), _hits(mine, corners[(image == i) & (label == c)])))
-        scores, at, hit = (np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))
+        scores = np.concatenate([part[0] for part in parts])
+        at = np.concatenate([part[1] for part in parts])
+        hit = np.concatenate([part[2] for part in parts], axis=-1)
         order = np.argsort(-scores, kind="stable")
-        right = np.flatnonzero(hit.any(axis=0)[order])
+        right = np.flatnonzero(hit[:, order].any(axis=0))
         last = right[-1] + 1 if len(right) else 0  # what comes after the last hit changes no figure
         found.append(_Found(at[order][:last], hit[:, order[:last]]))
     return Boxes(tuple(found), true)

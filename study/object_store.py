@@ -30,6 +30,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from analysis.credentials import without_credentials
 from study.durable import make_folder, write_file
 from study.places import ABANDONED_S, AwayError
 from study.seals import sealed, unsealed
@@ -345,7 +346,7 @@ def _mark(listed: Entry) -> str:
 def _explained(error: BaseException, uri: str) -> AwayError:
     """Why a store did not do something and what to do, without any credential."""
     kind = type(error).__name__
-    said = _without_credentials(str(getattr(error, "strerror", None) or error or kind).splitlines()[0])
+    said = _without_secrets(str(getattr(error, "strerror", None) or error or kind).splitlines()[0])
     rights = "that they may list, read, write and delete there"
     if "Credentials" in kind:
         where = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine"
@@ -358,8 +359,8 @@ def _explained(error: BaseException, uri: str) -> AwayError:
     return AwayError(errno.EIO, f"the store fails ({said})", uri, "wait until it serves again")
 
 
-def _without_credentials(text: str) -> str:
+def _without_secrets(text: str) -> str:
     for name in SECRETS:
         if len(value := os.environ.get(name, "")) > 3:
             text = text.replace(value, "…")
-    return re.sub(r"//[^/@\s]+@", "//…@", text)
+    return without_credentials(text)

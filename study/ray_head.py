@@ -30,6 +30,7 @@ RAYS_PATIENCE_S = 60.0
 ASK_S, ANSWER_S = 2.0, 5.0  # between two questions, and for an answer
 AWAY_S = 5.0  # of silence, after which it is said
 TURN_S = 0.5
+STUCK_S = 5.0  # for the study's thread to hear that it is stopped
 
 
 class Head:
@@ -139,7 +140,17 @@ def _watch(head: Head, halt: Halt, ended: threading.Event) -> None:
     while not ended.wait(TURN_S):
         if (lost := head.turn()) is not None:
             halt(lost)
+            if not ended.wait(STUCK_S):
+                _end_stuck(lost)
             return
+
+
+def _end_stuck(lost: ClusterLostError) -> None:
+    """End this process for the study's thread, which waits for the head in a call of Ray's that no signal reaches."""
+    from study.running import go_on
+
+    print(f"error {go_on(lost)}", file=sys.stderr)
+    _end()
 
 
 def _session() -> str:

@@ -101,6 +101,11 @@ def this_command() -> str:
     return without_credentials("python study/launch.py " + shlex.join(sys.argv[1:]))
 
 
+def go_on(lost: ClusterLostError) -> str:
+    """What to say of a cluster that is gone, with the command for when it is back."""
+    return f"{lost}. To go on:\n  {this_command()}"
+
+
 def run_options(launch: Launch) -> RunOptions:
     """A launch in the driver's terms."""
     from study.driver import RunOptions
@@ -184,7 +189,7 @@ def prepared(launch: Launch, console: Console) -> Iterator[None]:
         console.print(f"  {this_command()}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(stopped.status) from None
     except ClusterLostError as lost:
-        raise StudyHaltedError(f"{lost}. To go on:\n  {this_command()}") from lost
+        raise StudyHaltedError(go_on(lost)) from lost
 
 
 def _conclude(plan: Plan, launch: Launch, console: Console) -> None:

@@ -86,9 +86,19 @@ def run_study(
     return _run(plan, storage, executor, address)
 
 
-def run_smoke(storage: Path, study: str, *, executor: str, sharing: bool) -> Ran:
-    """What `--smoke` runs."""
-    declared = load_study(find_study(study), Choices(smoke=True))
+def run_smoke(
+    storage: Path,
+    study: str,
+    *,
+    executor: str,
+    sharing: bool,
+    dataset: str | None = None,
+    root: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Ran:
+    """What `--smoke` runs, with `--dataset`, `--data-root` and `-o` where they are given."""
+    roots = {} if root is None else {"": str(root)}
+    declared = load_study(find_study(study), Choices(apply({}, overrides or {}), dataset, roots, smoke=True))
     return _run(make_plan(declared, storage=storage, sharing=sharing), storage, executor, None)
 
 

@@ -119,7 +119,7 @@ def _opened_boxes(settings: Settings, data: Data) -> BoxTargets:
     Raises:
         DataError: the file of boxes does not hold the classes that the plan found.
     """
-    boxes = with_sizes(load_box_targets(settings, data.index, data.root), data.index, data.root)
+    boxes = with_sizes(load_box_targets(settings, data.index, data.root), data.index, data.images.sizes)
     planned = boxed_classes(settings, data.index)
     if boxes.classes != planned:
         raise DataError(f"{data.index.dataset}: boxes of {', '.join(boxes.classes)}, planned {', '.join(planned)}")

@@ -18,6 +18,7 @@ Task = Literal["classification", "detection", "segmentation"]
 Depth = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Flips = Literal["none", "horizontal", "vertical", "both"]
 
 
 class Frozen(BaseModel):
@@ -98,6 +99,16 @@ class DatasetSettings(SourceSettings):
         "crop",
         description="crop: shorter side to image_size, centre crop; squash: both sides to image_size; letterbox: "
         "longer side to image_size, the rest filled with grey",
+    )
+    flips: Flips = Field(
+        "none",
+        description="training images are seen flipped at random, boxes and masks along: horizontal exchanges left and "
+        "right, vertical top and bottom; each flip with probability 1/2",
+    )
+    cache_gb: Positive | None = Field(
+        None,
+        description="most that decoded images may take in the storage, those of other data sets included, GB; without "
+        "effect on results; null: what is free on its disk",
     )
     drop_classes: tuple[str, ...] = Field((), description="classes left out of training and tables, by name")
     test_on: TestOnSettings | None = Field(

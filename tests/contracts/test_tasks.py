@@ -24,6 +24,7 @@ from trainables.tasks import TASKS
 
 EPOCHS = 3  # of the head, then k = 2 and 4 blocks
 EMA = {"ema": (0.9, 2.0)}
+FLIPS = {"flips": "both"}
 
 
 # Their rules are those of YOLO, and of ResNet50, which stands for the encoders with batch norms.
@@ -218,6 +219,52 @@ def test_cached_prefixes_change_no_bit(case: Case, task: Task, history: list[Epo
         assert record.cache is not None
         assert record.units < expected.units
         assert (record.trajectory_sha256, record.metrics) == (expected.trajectory_sha256, expected.metrics)
+
+
+@pytest.fixture(scope="module")
+def flipping(case: Case, drawn: Path) -> Task:
+    """The same task with training images that are flipped at random."""
+    return case.open(drawn, dataset=FLIPS)
+
+
+def test_views_are_the_same_pixels_turned_and_decoded_no_second_time(
+    case: Case, task: Task, flipping: Task, drawn: Path
+) -> None:
+    opened(case.settings(), drawn)
+    assert opened(case.settings(dataset=FLIPS), drawn).images.decoded == 0
+    rows = task.rows("train")[:3]
+    plain, (mirrored, both) = task.inputs(rows, CPU), (rows + flipping.views.images * v for v in (1, 3))
+    assert torch.equal(flipping.inputs(rows, CPU), plain)
+    assert torch.equal(flipping.inputs(mirrored, CPU), plain.flip(-1))
+    assert torch.equal(flipping.inputs(both, CPU), plain.flip(-1, -2))
+    for split in IMAGES:
+        assert np.array_equal(flipping.rows(split), task.rows(split)), "validation and test see images as they are"
+
+
+def test_flips_train_something_else_the_same_again_and_with_cached_prefixes_to_the_bit(
+    case: Case, flipping: Task, history: list[EpochRecord], tmp_path: Path
+) -> None:
+    weighted = {"weighting": {"enabled": True, "eta": 2.0}, "dataset": FLIPS}
+    t = case.trajectory(flipping, **weighted)
+    expected = [t.train_epoch()]
+    broken_off = t.state()
+    expected += [t.train_epoch() for _ in range(EPOCHS - 1)]
+    assert [r.trajectory_sha256 for r in expected] != [r.trajectory_sha256 for r in history]
+    assert "flips" in str(expected[0].effective["transforms"])
+    taken_up = case.trajectory(flipping, **weighted)
+    taken_up.restore(broken_off)
+    assert facts(taken_up.train_epoch()) == facts(expected[1])
+    blocks = len(flipping.costs.blocks)
+    positions = tuple(p for p in (flipping.costs.features, *range(blocks)) if flipping.costs.worth_keeping(p))
+    cached = case.trajectory(
+        flipping, **weighted, cache=CacheRequest("flipped", positions, when="always"), folder=tmp_path
+    )
+    for wanted in expected:
+        record = cached.train_epoch()
+        assert record.events == []
+        assert record.cache is not None
+        assert record.units < wanted.units, "no image is computed anew, whatever the view"
+        assert (record.trajectory_sha256, record.metrics) == (wanted.trajectory_sha256, wanted.metrics)
 
 
 def test_averaged_copies_only_look(case: Case, task: Task, history: list[EpochRecord]) -> None:

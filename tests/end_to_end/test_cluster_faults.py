@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from fault_checks import EpochsSaved, every_run_once, same_results
@@ -14,7 +18,7 @@ from fault_checks import EpochsSaved, every_run_once, same_results
 from tests.launches import Launch, command_of, launched
 from tests.networks import Network, network, why_not
 from tests.ray_nodes import HEAD, RayNode, RayNodes, ray_nodes
-from tests.studies_for_tests import Ran
+from tests.studies_for_tests import ROOT, Ran
 
 TRAINS = "ray::TrialActor.train"
 # A node counts as dead after about 4 × (1 + 2) s without an answer; by default it is a minute (docs/faults.md).
@@ -120,3 +124,31 @@ def test_a_head_node_that_dies_and_is_started_again_is_said_in_time_and_the_same
     assert sum(times.values()) <= len(times) + 1, "at most the epoch that ran was trained twice"
     same_results(storage, undisturbed)
     every_run_once(f"sqlite:///{storage / 'mlflow.db'}", undisturbed.plan)
+
+
+WAITS = """
+import sys, ray
+from study.interrupts import answered_signals
+from study.ray_cluster import cluster
+with answered_signals(), cluster(sys.argv[1], verbose=False):
+    print("connected", flush=True)
+    while True:
+        ray.nodes()
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_that_waits_for_its_head_where_no_signal_reaches_it_is_ended_all_the_same() -> None:
+    """As `ray.nodes()` does, which the driver asks now and then: Ray's own end of it would be without a word."""
+    with ray_nodes(workers=0, settings={"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}) as nodes:
+        command, environment = [sys.executable, "-c", WAITS, nodes.address], os.environ | nodes.environment
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True) as driver:
+            try:
+                assert driver.stdout is not None and driver.stdout.readline() == "connected\n"
+                nodes.nodes[0].end()
+                _, said = driver.communicate(timeout=30)
+            finally:
+                driver.kill()
+    assert driver.returncode == 1
+    assert f"error --address {nodes.address}: the head node has not answered for 10 s; nothing that was" in said
+    assert "To go on:\n  python study/launch.py " in said

@@ -39,6 +39,9 @@ class Claims:
     body_parts: tuple[str, ...]
 
 
+CHEST_RADIOGRAPHS = Claims(modalities=("CR", "DX", "DR"), body_parts=("CHEST", "THORAX", "LUNG"))
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """A row an image: its name, group, labels and split.

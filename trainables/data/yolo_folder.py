@@ -104,11 +104,12 @@ def _classes(root: Path) -> tuple[str, ...]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: cannot be read as YAML: {(str(error).splitlines() or [''])[0]}") from error
     names = data.get("names") if isinstance(data, dict) else None
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names or len({str(name) for name in names}) != len(names):
+    plain = isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
+    if not plain or not names or len({str(name) for name in names}) != len(names):
         raise DataError(f"{path}: names: expected a list of the classes' names, each once, or a mapping from 0, 1, …")
     return tuple(str(name) for name in names)
 
