@@ -20,9 +20,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from analysis.credentials import without_credentials
 from search_spaces.space import Assignment, Dimension, Space
 from study.documents import StudyError
-from study.options import without_password
 from study.search_settings import DIRECTIONS, SearchSettings
 from study.search_storage import Place, begun_study, check_declaration, kept_study
 
@@ -96,7 +96,7 @@ class Trials:
         """
         study = kept_study(place, name)
         if study is None:
-            where = without_password(place.address)
+            where = without_credentials(place.address)
             raise StudyError([f"{where}: holds no search {name!r}; run `launch.py search` first"])
         check_declaration(study, place, declaration)
         return cls(study, search, space)

@@ -57,6 +57,7 @@ class PostgresServer:
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port = free.getsockname()[1]
         self.url = f"postgresql+psycopg://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{DATABASE}"
+        self.shown_url = self.url.replace(f":{PASSWORD}@", "@")  # for the command line, which takes no password
         # Short, for its socket, and not below a folder of root's, where the account may not go.
         self.folder = Path(tempfile.mkdtemp(prefix="pg-"))
         secret = self.folder / "secret"

@@ -227,16 +227,18 @@ def test_a_search_that_postgres_keeps_is_killed_goes_on_and_is_that_of_the_journ
     undisturbed: Searched, tmp_path: Path
 ) -> None:
     with postgres() as server:
-        kept = ("--optuna-storage", server.url)
-        with launched(tmp_path, *kept, study="search", overrides=TYPED) as launch:
+        kept, known = ("--optuna-storage", server.shown_url), {"PGPASSWORD": PASSWORD}
+        with launched(tmp_path, *kept, study="search", overrides=TYPED, environment=known) as launch:
             launch.until(lambda: any(tmp_path.glob("results/*/*/result.json")))
             launch.send(signal.SIGKILL)
             assert launch.wait() == -signal.SIGKILL, "it was to be killed on the way"
-        with launched(tmp_path, *kept, study="search", overrides=TYPED) as launch:
+        with launched(tmp_path, *kept, study="search", overrides=TYPED, environment=known) as launch:
             assert launch.wait() == 0, launch.output
         assert (tmp_path / "search" / "report" / "trials.csv").read_text() == undisturbed.csv()
         assert statuses(tmp_path) == Counter(t.status for t in undisturbed.trials)
-        with launched(tmp_path, *kept, "--plan", "--json", study="ablate-best", overrides=TYPED) as launch:
+        with launched(
+            tmp_path, *kept, "--plan", "--json", study="ablate-best", overrides=TYPED, environment=known
+        ) as launch:
             assert launch.wait() == 0, launch.output
             assert json.loads(launch.output)["study"] == "search-ablation"
     assert not (tmp_path / "search" / "optuna.log").exists(), "no journal beside it"

@@ -135,5 +135,5 @@ def test_a_command_is_kept_without_the_password_of_an_address(
     monkeypatch.setattr("sys.argv", typed)
     kept = this_command()
     assert "s3cret" not in kept
-    assert "postgresql+psycopg://ann:…@127.0.0.1:5432/optuna" in kept
+    assert "postgresql+psycopg://…@127.0.0.1:5432/optuna" in kept
     assert "study=a:b@c" in kept
