@@ -45,7 +45,7 @@ COMPOSE = SPFT_SECRETS='$(abspath $(SECRETS))' SPFT_IMAGE='$(IMAGE)' $(if $(DATA
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ablation test lint types check check-all bench lock clean \
+.PHONY: help setup ablation test lint types check check-all bench lock audit clean \
     image up cluster-ablation down
 
 help: ## show this list
@@ -76,6 +76,9 @@ bench: setup ## time what the design promises
 
 lock: | $(PY) ## rewrite requirements.lock from pyproject.toml, keeping pins (UPGRADE=1: newest releases)
 	$(PY) .ci/lock.py $(if $(call on,$(UPGRADE)),--upgrade)
+
+audit: setup ## ask for known vulnerabilities of the locked releases (needs the network; fails where it cannot ask)
+	$(PY) .ci/audit.py $(ARGS)
 
 image: ## build the image of the cluster's nodes (BASE=…: on a CUDA base, IMAGE=…: its name)
 	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE=$(BASE) \

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -140,9 +141,19 @@ def _texts(name: str, column: pd.Series) -> list[str]:
 def _to_csv(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(lines)
+    writer.writerow(map(no_formula, columns))
+    writer.writerows(map(no_formula, line) for line in lines)
     return stream.getvalue()
+
+
+# What a spreadsheet would compute: `=…`, `@…`, and behind a sign a call of a function or of a program. Numbers and
+# names such as '+ EMA (full)' are left as they are.
+_FORMULA = re.compile(r"[\s]*(?:[=@]|[+\-].*(?:[\w.]\(|[|!]))", re.DOTALL)
+
+
+def no_formula(text: str) -> str:
+    """A field that a spreadsheet shows as text, whatever a study or a table of labels calls things."""
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 # ---------------------------------------------------------------- drift

@@ -23,6 +23,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from analysis import schema
+from analysis.credentials import holds_credentials, without_credentials
 from analysis.ledger_tables import LedgerRun, Values, open_tables
 from analysis.record_frames import Place, cells_frame, declared, history_frame, status_of
 from analysis.schema import StudyHeader
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or both in the file ~/.mlflow/credentials"
 PROBE_TIMEOUT_S = 4  # for connecting and again for the answer: an unreachable server is told within 8 s
 
 
@@ -193,6 +195,11 @@ def connect(tracking_uri: str) -> MlflowClient:
         LedgerError: within 10 s where the address is none, the server does not answer, or the file is missing or not
             an MLflow database. A database locked by another process is waited for.
     """
+    if holds_credentials(tracking_uri):
+        raise LedgerError(
+            f"{without_credentials(tracking_uri)}: an address that holds a user or password would show it in logs and "
+            f"process lists; {SIGN_IN}"
+        )
     quiet_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -208,10 +215,20 @@ def connect(tracking_uri: str) -> MlflowClient:
             client.search_experiments(max_results=1)
     except MlflowException as error:
         remedy = "start the MLflow server or correct the address"
+        if error.get_http_status_code() in (401, 403):
+            raise LedgerError(f"{tracking_uri} {_refusal()}; {SIGN_IN}") from error
         if tracking_uri.startswith(SQLITE):
             remedy = f"bring its schema up to date (`mlflow db upgrade {tracking_uri}`), or name another file"
         raise LedgerError(f"the ledger at {tracking_uri} cannot be used: {first_line(error)}; {remedy}") from error
     return client
+
+
+def _refusal() -> str:
+    """How a server that has users refused us; MLflow also takes both names from ~/.mlflow/credentials."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if user is None and not os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return "asks for a user, and MLFLOW_TRACKING_USERNAME is not set"
+    return f"refuses user {user!r}" if user is not None else "refuses the token"
 
 
 def quiet_mlflow() -> None:

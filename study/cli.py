@@ -28,6 +28,7 @@ from study.options import (
     ledger_study,
     read_data_roots,
     read_overrides,
+    refuse_credentials,
     require_free_port,
     require_ledger,
     storage_folder,
@@ -312,6 +313,7 @@ def main() -> None:
     """Run the command line; bad input is one clear message and exit status 2."""
     atexit.register(gc.freeze)  # or Python looks through all objects of torch and MLflow for cycles: seconds
     try:
+        refuse_credentials(sys.argv[1:])
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except TyperException as error:
         _refuse([f"{error.format_message()} See `launch.py {_helped(sys.argv[1:])}--help`."])

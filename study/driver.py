@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +113,7 @@ def _run(
         if schedule.nodes:
             with Progress(console, schedule, the_task(plan.study).main_metric) as progress:
                 session.watch(schedule, progress)
-                _executor(plan, options, store).run(schedule, store, session)
+                _executor(plan, options, store, session.known).run(schedule, store, session)
         header, complete = session.close()
     except Exception as error:
         if (halted := _halted(error, store)) is None:
@@ -163,7 +163,7 @@ class Session:
         self._provenance = provenance(plan, command)
         self._results: dict[str, tuple[Chain, CellResult]] = {}
         self._failed: dict[str, tuple[Chain, str]] = {}
-        self._cache_users: dict[tuple[str, int], set[str]] = {}
+        self._cache_readers: dict[tuple[str, int], set[Node]] = {}  # identity and position → trials that will read it
         self._progress: Progress | None = None
         self._schedule: Schedule | None = None
 
@@ -171,6 +171,11 @@ class Session:
     def results(self) -> dict[str, CellResult]:
         """Cell key → result, of the cells that have one."""
         return {key: result for key, (_, result) in self._results.items()}
+
+    @property
+    def known(self) -> Sequence[tuple[Chain, CellResult]]:
+        """Cells that have a result, with it."""
+        return list(self._results.values())
 
     def open(self) -> None:
         """Declare rows and cells, and write what earlier launches finished."""
@@ -183,10 +188,11 @@ class Session:
         """Trials of the cells that have no result yet."""
         pending = [chain for chain in self._plan.chains if chain.key not in self._results]
         self._schedule = Schedule(self._plan, pending, self._has_result, self._store.has_state)
-        running = {key for node in self._schedule.nodes for key in node.request.keys}
         for cache in self._plan.caches:
             if not cache.pooled:
-                self._cache_users[cache.identity, cache.position] = running.intersection(cache.users)
+                users = set(cache.users)
+                readers = {n for n in self._schedule.nodes if not users.isdisjoint(n.request.keys[n.request.first :])}
+                self._cache_readers[cache.identity, cache.position] = readers
         return self._schedule
 
     def watch(self, schedule: Schedule, progress: Progress) -> None:
@@ -242,8 +248,10 @@ class Session:
         """Flag rows without effect, count units, aggregate rows."""
         results = list(self._results.values())
         for key, earlier in no_ops(results).items():
-            chain, result = self._results[key]
-            self._ledger.finish(key, finished_outcome(chain, result, self._store, earlier))
+            chain, _ = self._results[key]
+            result = self._store.load_result(chain.leaf, chain.observer.name)
+            if result is not None:  # else it has been damaged since, which is said, and the next launch makes it again
+                self._ledger.finish(key, finished_outcome(chain, result, self._store, earlier))
         units = counted_units(self._plan, results, self._cache_units(results))
         header = self._header(units)
         self._ledger.close(header)
@@ -279,7 +287,7 @@ class Session:
         result = self._store.load_result(chain.leaf, chain.observer.name)
         if result is None:
             return False
-        self._results[chain.key] = (chain, result)
+        self._results[chain.key] = (chain, _kept(result))
 
         def told() -> tuple[Sequence[Epoch], CellOutcome]:
             return epochs_of(chain, result.history), self._outcome(chain, result)
@@ -296,14 +304,14 @@ class Session:
 
     def _release_caches(self) -> None:
         """Delete token caches that no waiting or running trial reads any more."""
-        assert self._schedule is not None
-        open_nodes = [n for n in self._schedule.nodes if n.status in ("waiting", "running")]
-        needed = {key for node in open_nodes for key in node.request.keys[node.request.first :]}
         for cache in self._plan.caches:
-            users = self._cache_users.get((cache.identity, cache.position))
-            if users is not None and not users & needed:
+            at = cache.identity, cache.position
+            if (readers := self._cache_readers.get(at)) is None:
+                continue
+            readers -= {node for node in readers if node.status not in ("waiting", "running")}
+            if not readers:
                 release(self._cache_folder(cache))
-                del self._cache_users[cache.identity, cache.position]
+                del self._cache_readers[at]
 
     def _cache_folder(self, cache: Cache) -> Path:
         dtype = self._plan.study.execution.cache_dtype
@@ -315,7 +323,14 @@ class Session:
         return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
 
 
-def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
+def _kept(result: CellResult) -> CellResult:
+    """What is needed of a result to the study's end: not what its epochs measured, which is in store and ledger."""
+    return replace(result, history=[replace(r, metrics={}, effective={}, events=[]) for r in result.history])
+
+
+def _executor(
+    plan: Plan, options: RunOptions, store: Store, known: Sequence[tuple[Chain, CellResult]] = ()
+) -> Executor:
     if options.executor == "local":
         return LocalExecutor(plan.study.execution.max_failures, options.timeout)
     if options.address is None:
@@ -331,6 +346,7 @@ def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
         address=options.address,
         verbose=options.verbose,
         timeout=options.timeout,
+        known=known,
     )
 
 

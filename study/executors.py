@@ -80,6 +80,11 @@ class Attempts:
             times = f" (given up after {self._lost[node]} attempts)" if self._lost[node] > 1 else ""
             self._fail(node, fault.reason + times)
 
+    def once_more(self, node: Node, reason: str) -> None:
+        """Start a trial again that nothing happened to but that it was given too little; its attempts do not count."""
+        self._schedule.again(node)
+        self._listener.retried(node, reason)
+
     def _fail(self, node: Node, reason: str) -> None:
         self._schedule.failed(node, reason)
         self._listener.failed(node, reason)
@@ -166,16 +171,22 @@ class Worker:
         """Epochs completed."""
         return 0 if self._trial is None else self._trial.epoch
 
+    @property
+    def gpu_memory(self) -> tuple[int, int] | None:
+        """See `trainables.trial.Trial.gpu_memory`; None before there is a trial."""
+        return None if self._trial is None else self._trial.gpu_memory
+
     def step(self) -> EpochRecord | None:
         """Set the trial up, at the deepest state that the store holds, or train its next epoch.
 
         Raises:
             TrainingError: what another try would meet again: data, encoder, settings, memory.
+            MemoryRefusedError: it is memory.
         """
         from trainables.data.index import DataError
         from trainables.device import memory_left, memory_refused, release_memory
         from trainables.model_files import BackboneError
-        from trainables.results import TrainingError
+        from trainables.results import MemoryRefusedError, TrainingError
 
         assert self._request is not None, "a worker takes a trial before it works"
         try:
@@ -192,7 +203,7 @@ class Worker:
             refused += f"; {memory_left(self._request.compute)} ({_first_line(error)})"
         self._trial = None
         release_memory()  # not before here: while it was handled, the error held the frames that hold the batch
-        raise TrainingError(refused)
+        raise MemoryRefusedError(refused)
 
     def _begin(self, request: TrialRequest) -> Trial:
         from trainables.device import release_memory

@@ -105,6 +105,37 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {path.parent / found[0]}?" if found else ""
 
 
+# -- secrets ---------------------------------------------------------------------------------------------------------
+
+ELSEWHERE = {
+    "http": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or both in the file ~/.mlflow/credentials",
+    "https": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or both in the file ~/.mlflow/credentials",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or both in the file ~/.aws/credentials",
+    "postgresql": "leave the password out, and set PGPASSWORD or give it in the file ~/.pgpass",
+}
+
+
+def refuse_credentials(arguments: Sequence[str]) -> None:
+    """Refuse addresses that hold a password: what is typed stands in process lists, shell histories and records.
+
+    Raises:
+        StudyError: with every such argument, without its secret, and where it belongs.
+    """
+    from analysis.credentials import holds_credentials, without_credentials
+
+    problems = []
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if not holds_credentials(argument):
+            continue
+        shown = without_credentials(argument)
+        option = f"{before} {shown}" if before.startswith("-") and not argument.startswith("-") else shown
+        scheme = re.search(r"([A-Za-z][A-Za-z0-9.-]*)(?:\+[A-Za-z0-9.-]+)?://", argument)
+        remedy = ELSEWHERE.get(scheme[1].lower() if scheme else "", "give it where the server's client looks for it")
+        problems.append(f"{option}: holds a user or password, which others can read in process lists; {remedy}")
+    if problems:
+        raise StudyError(problems)
+
+
 # -- storage ---------------------------------------------------------------------------------------------------------
 
 
@@ -256,9 +287,9 @@ def check_cluster(address: str | None, executor: str) -> None:
         raise StudyError(
             [f"--address {address} and --executor local: trials run either there or here; give one of them"]
         )
-    from study.ray_environment import address_fault
+    from study.ray_environment import address_fault, mode_fault
 
-    if fault := address_fault(address):
+    if fault := address_fault(address) or mode_fault():
         raise StudyError([f"--address {address}: {fault}"])
 
 

@@ -231,13 +231,14 @@ def _units(chains: Sequence[Chain], stages: Sequence[Stage], caches: Sequence[Ca
 
 
 def _floor(chains: Sequence[Chain]) -> int:
-    """Every distinct epoch once from perfect caches, and one pass through the deepest prefix a data set."""
+    """Every distinct epoch once from perfect caches, and one pass through the deepest prefix a data set and view."""
     epochs: dict[str, int] = {}
     passes: dict[str, int] = {}
     for chain in chains:
         course, material = chain.course, chain.material
         epochs.update(zip(chain.keys, course.units(frozenset(course.frozen_positions)), strict=True))
-        once = material.train_images * material.costs.forward(IMAGES, max(course.frozen_positions))
+        seen = min(course.views, len(chain.keys))  # an epoch shows each image in one view
+        once = seen * material.train_images * material.costs.forward(IMAGES, max(course.frozen_positions))
         passes[chain.cache_identity] = max(passes.get(chain.cache_identity, 0), once)
     return sum(epochs.values()) + sum(passes.values())
 
@@ -258,10 +259,11 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
     for (identity, position), users in readers.items():
         chain = next(iter(users.values()))
         wanted = _cache(chain, identity, position, tuple(users), execution)
-        if wanted.pooled:
+        views = chain.course.views  # a cache is a pass a view, and spares one an epoch
+        if wanted.pooled and len(users) >= views:
             pooled.append(wanted)
-        elif execution.token_cache != "never" and len(users) > 1:
-            tokens.append(((len(users) - 1) * wanted.build_units, wanted))
+        elif not wanted.pooled and execution.token_cache != "never" and len(users) > views:
+            tokens.append(((len(users) - views) * wanted.build_units // views, wanted))
     kept = list(pooled)
     budget -= sum(c.bytes for c in pooled)
     for _, wanted in sorted(tokens, key=lambda pair: (-pair[0], pair[1].identity, pair[1].position)):
@@ -274,9 +276,10 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
 def _cache(chain: Chain, identity: str, position: int, users: tuple[str, ...], execution: Execution) -> Cache:
     costs, material = chain.material.costs, chain.material
     pooled = costs.pooled and position == costs.features
-    images = sum(material.images.values()) if pooled else material.images["train"] + material.images["val"]
+    shown = chain.course.views * material.train_images
+    images = shown + material.images["val"] + (material.images["test"] if pooled else 0)
     size = 4 if execution.cache_dtype == "float32" else 2
-    build = material.train_images * costs.forward(IMAGES, position)
+    build = shown * costs.forward(IMAGES, position)
     return Cache(identity, position, build, images * costs.values(position) * size, users, pooled)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from analysis.credentials import holds_credentials
+from study.documents import StudyError
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger logs; Tune's own loggers would again
@@ -20,28 +25,56 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 KNOCK_SECONDS = 3.0  # for a port to answer
+MODES = ("token", "disabled")
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY(_|$)|(^|_)AUTH(_|$)")  # names of what is told nobody
+
+
+def sent_along(variables: Mapping[str, str]) -> dict[str, str]:
+    """Variables that trials need on other nodes: the hub's settings, but no token. Ray shows to all what it is sent."""
+    hub = {name: value for name, value in variables.items() if name.startswith("HF_")}
+    return {n: v for n, v in hub.items() if not SECRET.search(n) and not holds_credentials(v)}
 
 
 def prepare_environment(folder: Path, *, local: bool) -> None:
     """Set what is not set already; call it before ray is imported.
 
     Token authentication is said explicitly: with RAY_AUTH_MODE unset, Ray writes a token of its own into the home
-    folder, and clusters and drivers then disagree on whether one is needed. On a cluster that was started by others,
-    RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are theirs to give.
+    folder, or takes one that is there, and clusters and drivers then disagree on whether one is needed. A cluster of
+    this machine always asks for a token: one in the storage, unless the environment names another.
 
     Args:
         folder: where the token of a cluster on this machine is kept, readable by its owner alone.
-        local: the cluster is started by us, on this machine.
+        local: the cluster is started by us, on this machine; the token of one that was started by others is theirs to
+            give.
+
+    Raises:
+        StudyError: RAY_AUTH_MODE is not set, nor any token, for a cluster of others.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if not local or "RAY_AUTH_MODE" in os.environ:
-        return
-    path = folder / "ray_auth_token"
-    if not path.is_file():
-        _make_token(path)
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    given = any(os.environ.get(name) for name in TOKENS)
+    if local and not given:
+        path = folder / "ray_auth_token"
+        if not path.is_file():
+            _make_token(path)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    if local or (given and not os.environ.get("RAY_AUTH_MODE")):
+        os.environ["RAY_AUTH_MODE"] = "token"
+    if fault := mode_fault():
+        raise StudyError([f"--address: {fault}"])
+
+
+def mode_fault() -> str | None:
+    """Why it is not known whether a cluster of others asks for a token; None where it is."""
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode in MODES or (not mode and any(os.environ.get(name) for name in TOKENS)):
+        return None
+    said = f"RAY_AUTH_MODE is {mode!r}" if mode else "RAY_AUTH_MODE is not set"
+    return (
+        f"{said}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the token that the cluster was "
+        "started with (RAY_AUTH_MODE=disabled where it has none: then whoever reaches it may run code on it)"
+    )
 
 
 def _make_token(path: Path) -> None:

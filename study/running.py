@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from analysis.credentials import without_credentials
 from study.documents import StudyError
-from study.interrupts import Interrupted, StudyHaltedError, answered_signals
+from study.interrupts import ClusterLostError, Interrupted, StudyHaltedError, answered_signals
 from study.options import tracking_address
 
 if TYPE_CHECKING:
@@ -90,8 +91,13 @@ def run_planned(planned: Plan, launch: Launch, console: Console) -> Launched:
 
 
 def this_command() -> str:
-    """What was typed, to be typed again."""
-    return "python study/launch.py " + shlex.join(sys.argv[1:])
+    """What was typed, to be typed again; it is shown and recorded, so it never holds a password."""
+    return without_credentials("python study/launch.py " + shlex.join(sys.argv[1:]))
+
+
+def go_on(lost: ClusterLostError) -> str:
+    """What to say of a cluster that is gone, with the command for when it is back."""
+    return f"{lost}. To go on:\n  {this_command()}"
 
 
 def run_options(launch: Launch) -> RunOptions:
@@ -163,7 +169,11 @@ def _places(chain: Chain) -> list[tuple[str | None, Index]]:
 
 @contextmanager
 def prepared(launch: Launch, console: Console) -> Iterator[None]:
-    """Quiet the libraries; answer Ctrl-C and SIGTERM with the command that goes on, and the signal's exit status."""
+    """Quiet the libraries; answer Ctrl-C and SIGTERM with the command that goes on, and the signal's exit status.
+
+    Raises:
+        StudyHaltedError: the cluster is gone; with the command that goes on.
+    """
     _silence(launch.verbose)
     try:
         with answered_signals():
@@ -172,6 +182,8 @@ def prepared(launch: Launch, console: Console) -> Iterator[None]:
         console.print(f"\nstopped by {stopped}; nothing that was finished is lost. To go on:")
         console.print(f"  {this_command()}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(stopped.status) from None
+    except ClusterLostError as lost:
+        raise StudyHaltedError(go_on(lost)) from lost
 
 
 def _conclude(plan: Plan, launch: Launch, console: Console) -> None:

@@ -20,10 +20,11 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from analysis.credentials import without_credentials
 from search_spaces.space import Assignment, Dimension, Space
 from study.documents import StudyError
 from study.search_settings import DIRECTIONS, SearchSettings
-from study.search_storage import Place, begun_study, check_declaration, kept_study, without_password
+from study.search_storage import Place, begun_study, check_declaration, kept_study
 
 POPULATION = 16  # of genetic samplers: Optuna's own, 50, is more than most searches here have trials
 TRAJECTORY, OBSERVED, UNITS, ERROR = "trajectory", "observed", "units", "error"
@@ -95,7 +96,7 @@ class Trials:
         """
         study = kept_study(place, name)
         if study is None:
-            where = without_password(place.address)
+            where = without_credentials(place.address)
             raise StudyError([f"{where}: holds no search {name!r}; run `launch.py search` first"])
         check_declaration(study, place, declaration)
         return cls(study, search, space)

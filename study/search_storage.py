@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+from analysis.credentials import without_credentials
 from study.documents import StudyError
 from study.durable import make_folder
 from study.interrupts import StudyHaltedError
@@ -68,9 +68,9 @@ def storage_watched(place: Place) -> Iterator[None]:
     try:
         yield
     except optuna.exceptions.StorageInternalError as error:
-        said = str(error.__cause__ or error).strip().splitlines()[0]
+        said = without_credentials(str(error.__cause__ or error).strip().splitlines()[0])
         raise StudyHaltedError(
-            f"--optuna-storage {without_password(place.address)}: failed ({said}); when it is back, run the same "
+            f"--optuna-storage {without_credentials(place.address)}: failed ({said}); when it is back, run the same "
             "command again: results are in the storage, and trials that were running go on"
         ) from error
 
@@ -130,18 +130,14 @@ def _database(place: Place) -> optuna.storages.BaseStorage:
         return optuna.storages.RDBStorage(place.address)
     except (SQLAlchemyError, ImportError, ValueError) as error:
         cause = error.__cause__ if isinstance(error, ImportError) and error.__cause__ is not None else error
-        said = str(cause).strip().splitlines()[0]
+        said = without_credentials(str(cause).strip().splitlines()[0])
         raise StudyError(
             [
-                f"--optuna-storage {without_password(place.address)}: cannot be used ({said}); expected a URL such as "
-                "postgresql+psycopg://USER@HOST/DATABASE or sqlite:///FILE, whose driver is installed (extra `search`)"
+                f"--optuna-storage {without_credentials(place.address)}: cannot be used ({said}); expected a URL such "
+                "as postgresql+psycopg://USER@HOST/DATABASE or sqlite:///FILE, whose driver is installed (extra "
+                "`search`)"
             ]
         ) from error
-
-
-def without_password(url: str) -> str:
-    """An address as a message may show it."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:…@", url)
 
 
 def _drop_torn_tail(path: Path) -> None:
@@ -162,8 +158,8 @@ def check_declaration(study: optuna.Study, place: Place, declared: Mapping[str, 
     if begun is None:
         raise StudyError(
             [
-                f"{without_password(place.address)}: holds an Optuna study {study.study_name!r} that is no search of "
-                "this project; give this one another name (-o study=NAME)"
+                f"{without_credentials(place.address)}: holds an Optuna study {study.study_name!r} that is no search "
+                "of this project; give this one another name (-o study=NAME)"
             ]
         )
     differing = [name for name in declaration.keys() | begun.keys() if declaration.get(name) != begun.get(name)]

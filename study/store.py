@@ -166,18 +166,35 @@ class Store:
         return (self._state(key) / STATE).is_file()
 
     def newest(self, keys: Sequence[str], usable: Callable[[Checkpoint], bool]) -> Checkpoint | None:
-        """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said."""
-        for key in reversed(keys):
+        """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said.
+
+        A worker that was given up, because its node was cut off, may still save a deeper state meanwhile and drop the
+        one that is being read here: then it is looked for again, and what that worker trained is not trained twice.
+        """
+        refused: set[str] = set()
+        while True:
+            found, depth = None, 0
+            for at, key in reversed(list(enumerate(keys, start=1))):
+                checkpoint = None if key in refused else self._read_state(key)
+                if checkpoint is not None and usable(checkpoint):
+                    found, depth = checkpoint, at
+                    break
+                if checkpoint is not None:
+                    refused.add(key)
+            if not any(self.has_state(key) for key in keys[depth:] if key not in refused):
+                return found
+
+    def _read_state(self, key: str) -> Checkpoint | None:
+        """A state; None where it is not there, also where it was dropped meanwhile, or damaged (deleted and said)."""
+        for again in (True, False):  # it may have been replaced between two of its files
             if not self.has_state(key):
-                continue
+                return None
             try:
-                checkpoint = self._load_state(key)
+                return self._load_state(key)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("the state %s is damaged (%s); it is deleted and trained again", key[:12], error)
-                self.drop(key)
-                continue
-            if usable(checkpoint):
-                return checkpoint
+                if not again and self.has_state(key):
+                    log.warning("the state %s is damaged (%s); it is deleted and trained again", key[:12], error)
+                    self.drop(key)
         return None
 
     def save(self, key: str, checkpoint: Checkpoint) -> None:
@@ -356,7 +373,10 @@ class Store:
             raise
 
     def _put(self, temporary: Path, folder: Path) -> None:
-        """Rename a folder into place; what is there already goes first, also if other processes do the same."""
+        """Rename a folder into place, also if other processes do the same.
+
+        What is there already stays if it is the same, so that nobody who looks for it finds nothing; else it goes.
+        """
         while True:
             try:
                 temporary.replace(folder)
@@ -364,7 +384,10 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                self._discard(folder)
+            if _is_same(temporary, folder):
+                shutil.rmtree(temporary, ignore_errors=True)
+                return
+            self._discard(folder)
 
     def _discard(self, folder: Path) -> None:
         """Remove a folder with one rename, so that nobody sees half of it; one that is gone already is no matter."""
@@ -387,6 +410,26 @@ def result_folder(root: Path, leaf: str, observer: str) -> Path:
 def pictures_file(root: Path, study: str, dataset: str) -> Path:
     """File of the test images of a data set that a study's report shows."""
     return root / study / "pictures" / f"{dataset}.npz"
+
+
+def _is_same(new: Path, old: Path) -> bool:
+    """Whether two folders hold the same training, whole: all but what it cost and where it was done."""
+    try:
+        for file in new.iterdir():
+            if file.suffix != ".json":
+                if file.read_bytes() != (old / file.name).read_bytes():
+                    return False
+            elif _lasting(file) != _lasting(old / file.name):
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _lasting(path: Path) -> str:
+    """Sealed facts without the clock and the machine, as text: NaN equals NaN."""
+    facts = _unsealed(path)
+    return json.dumps({name: facts[name] for name in sorted(facts) if name not in ("history", "provenance")})
 
 
 def _sealed(facts: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,18 @@ class Launch:
         overrides: Mapping[str, Any] = TINY,
         executor: str = "local",
         environment: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         """Start it.
 
         Args:
             options: further arguments.
             overrides: passed on as `-o KEY=VALUE`.
+            before: what the command line begins with, such as a change of name space.
         """
         given = [f"-o{key}={_typed(value)}" for key, value in overrides.items()]
         where = ["--storage", str(storage), "--executor", executor]
-        command = [sys.executable, "study/launch.py", study, *given, *where, *options]
+        command = [*before, sys.executable, "study/launch.py", study, *given, *where, *options]
         self.mark = uuid4().hex
         # Not in the storage, whose disk may be full.
         self._printed = tempfile.NamedTemporaryFile(prefix="launch-")  # noqa: SIM115 - lives as long as the launch

@@ -57,10 +57,16 @@ class Ran:
 
 
 def planned(
-    storage: Path, overrides: Mapping[str, Any] = TINY, *, study: str = "ablation", sharing: bool = True
+    storage: Path,
+    overrides: Mapping[str, Any] = TINY,
+    *,
+    study: str = "ablation",
+    sharing: bool = True,
+    roots: Mapping[str, Path] | None = None,
 ) -> Plan:
-    """A plan of a shipped study with overrides."""
-    declared = load_study(find_study(study), Choices(apply({}, overrides)))
+    """A plan of a study, shipped or in a file, with overrides; `roots`: data set → folder."""
+    data_roots = {dataset: str(root) for dataset, root in (roots or {}).items()}
+    declared = load_study(find_study(study), Choices(apply({}, overrides), data_roots=data_roots))
     return make_plan(declared, storage=storage, sharing=sharing)
 
 
@@ -72,14 +78,25 @@ def run_study(
     sharing: bool = True,
     executor: str = "local",
     address: str | None = None,
+    roots: Mapping[str, Path] | None = None,
 ) -> Ran:
-    """Plan and run a shipped study with overrides, in this process."""
-    return _run(planned(storage, overrides, study=study, sharing=sharing), storage, executor, address)
+    """Plan and run a study with overrides, in this process."""
+    return _run(planned(storage, overrides, study=study, sharing=sharing, roots=roots), storage, executor, address)
 
 
-def run_smoke(storage: Path, study: str, *, executor: str, sharing: bool) -> Ran:
-    """What `--smoke` runs."""
-    declared = load_study(find_study(study), Choices(smoke=True))
+def run_smoke(
+    storage: Path,
+    study: str,
+    *,
+    executor: str,
+    sharing: bool,
+    dataset: str | None = None,
+    root: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Ran:
+    """What `--smoke` runs, with `--dataset`, `--data-root` and `-o` where they are given."""
+    roots = {} if root is None else {"": str(root)}
+    declared = load_study(find_study(study), Choices(apply({}, overrides or {}), dataset, roots, smoke=True))
     return _run(make_plan(declared, storage=storage, sharing=sharing), storage, executor, None)
 
 

@@ -106,6 +106,7 @@ class TrialRequest:
         cache: which frozen prefixes may be cached.
         compute: device kind, threads and precision.
         mixed: go on from states of other hardware or library versions.
+        gpu_share: part of a GPU that the worker was given; 1 and more: it has all of it.
     """
 
     name: str
@@ -118,6 +119,7 @@ class TrialRequest:
     cache: CacheRequest
     compute: Compute
     mixed: bool = False
+    gpu_share: float = 1.0
 
     @property
     def last(self) -> int:

@@ -18,7 +18,7 @@ class Workbench:
 
     def data(self, settings: Settings) -> Data:
         """The data set of these settings."""
-        at = settings.dataset.model_dump_json()
+        at = settings.dataset.model_dump_json(exclude={"flips"})  # all views are of the same pixels
         if self._data is None or self._data[0] != at:
             labels = TASKS[settings.task].labels_learnt
             self._data = (at, open_data(settings.dataset, self._folders, labels_learnt=labels))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from simulated_study import CLASSES, HOSTILE, Simulated, simulate
 
-from analysis.csv_files import cells_csv, table_csv, verify
+from analysis.csv_files import cells_csv, no_formula, table_csv, verify
 from analysis.layout import class_tables, main_table
 from analysis.tables import build_table
 from analysis.wording import table_notes
@@ -128,6 +128,33 @@ def test_a_row_with_two_references_has_a_line_for_each() -> None:
     continued = main_table(table).lines[-1]
     assert continued[0] == ""
     assert "MLP head only" in continued
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ('=HYPERLINK("http://x")', '\'=HYPERLINK("http://x")'),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        (" =1+1", "' =1+1"),
+        ("\t=1+1", "'\t=1+1"),
+        ('+ HYPERLINK("http://x")', '\'+ HYPERLINK("http://x")'),
+        ("-2+cmd|' /C calc'!A0", "'-2+cmd|' /C calc'!A0"),
+        ("+ EMA (full)", "+ EMA (full)"),
+        ("+ progressive unfreezing", "+ progressive unfreezing"),
+        ("-0.25", "-0.25"),
+        ("-1.5e-07", "-1.5e-07"),
+        ("depth = 3", "depth = 3"),
+    ],
+)
+def test_a_spreadsheet_finds_no_formula_in_a_table(name: str, written: str, tmp_path: Path) -> None:
+    assert no_formula(name) == written
+    records = simulate(Simulated(rows=("MLP head only", name), classes=(name, "Edema")))
+    for text, file in ((table_csv(build_table(records)), "table.csv"), (cells_csv(records), "cells.csv")):
+        lines = list(csv.DictReader(io.StringIO(text)))
+        assert {line["row"] for line in lines} == {"MLP head only", written}
+        assert [field for line in csv.reader(io.StringIO(text)) for field in line if field != no_formula(field)] == []
+        write_atomically(tmp_path / file, text)
+    assert verify(records, tmp_path) == []
 
 
 def test_the_same_records_in_another_order_give_the_same_bytes() -> None:

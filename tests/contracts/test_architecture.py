@@ -26,7 +26,7 @@ MAY_IMPORT = {  # package → what of this project it may import
 }
 OURS = (*MAY_IMPORT, "tests")
 ONLY_IN = {  # library → the files that may import it
-    "ray": ("study/ray_executor.py", "study/ray_cluster.py"),
+    "ray": ("study/ray_executor.py", "study/ray_cluster.py", "study/ray_head.py", "study/ray_dashboard.py"),
     # asking and telling; where it is kept; drawing, which takes matplotlib
     "optuna": ("study/search.py", "study/search_storage.py", "study/search_figures.py"),
     "mlflow": ("study/ledger.py", "analysis/records.py"),

@@ -171,3 +171,33 @@ def test_a_study_that_was_never_run_is_said_and_no_ledger_is_made(tmp_path: Path
     assert "run a study first" in told.err
     assert "Traceback" not in told.err
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["ablation", "--tracking-uri", "http://ann:s3cr3t@127.0.0.1:1"],
+            "--tracking-uri http://…@127.0.0.1:1: holds a user or password, which others can read in process lists; "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        ),
+        (["status", "ablation", "--tracking-uri=https://s3cr3t@host"], "--tracking-uri=https://…@host: holds"),
+        (["ui", "--tracking-uri", "http://ann:s3cr3t/x@host"], "--tracking-uri http://…@host: holds"),
+        (
+            ["search", "--optuna-storage", "postgresql+psycopg://ann:s3cr3t@db/optuna"],
+            "--optuna-storage postgresql+psycopg://…@db/optuna: holds a user or password, which others can read in "
+            "process lists; leave the password out, and set PGPASSWORD",
+        ),
+        (["ablation", "--storage", "s3://key:s3cr3t@bucket/x"], "--storage s3://…@bucket/x: holds"),
+        (["ablation", "-o", "model.backbone=https://ann:s3cr3t@host/x"], "-o model.backbone=https://…@host/x: holds"),
+    ],
+)
+def test_an_address_with_a_password_is_refused_and_not_shown(tmp_path: Path, arguments: list[str], said: str) -> None:
+    told = launch(tmp_path, *arguments, "-v")
+    assert told.status == 2
+    assert f"error {said}" in told.err
+    assert "s3cr3t" not in told.out + told.err
+    assert not any(tmp_path.iterdir())

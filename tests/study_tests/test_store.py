@@ -314,6 +314,33 @@ def test_two_processes_may_save_and_drop_the_same_key_at_once(tmp_path: Path) ->
     assert list((tmp_path / "partial").iterdir()) == []
 
 
+def test_what_is_saved_a_second_time_stays_where_it_is_so_that_no_reader_finds_nothing(tmp_path: Path) -> None:
+    """As by a worker that was cut off and given up, beside the one that took its trial over."""
+    store = saved(tmp_path)
+    folders = [place(store, kind, name).parent for kind, name in (("state", STATE), ("result", RESULT))]
+    there = [folder.stat().st_ino for folder in folders]
+    later = checkpoint()
+    slower = [dataclasses.replace(epoch, seconds=9.0) for epoch in later.history]
+    store.save(KEY, dataclasses.replace(later, history=slower, provenance={"hardware": "another node's"}))
+    twice = dataclasses.replace(result(), history=[dataclasses.replace(e, seconds=9.0) for e in result().history])
+    store.save_result(LEAF, OBSERVER, twice, b"predictions", {"w": torch.arange(6.0)})
+    assert [folder.stat().st_ino for folder in folders] == there
+    assert read(store, "state") == said(checkpoint())
+
+
+@pytest.mark.parametrize("change", ["tensors", "facts", "damage"])
+def test_what_is_saved_a_second_time_replaces_what_differs_or_is_damaged(tmp_path: Path, change: str) -> None:
+    store, new = saved(tmp_path), checkpoint()
+    if change == "tensors":
+        new.state.tensors["model/head.weight"] += 1
+    elif change == "facts":
+        new.state.averages["ema 0.9 tau 20"] += 1
+    else:
+        place(store, "state", STATE).write_bytes(b"{}")
+    store.save(KEY, new)
+    assert read(store, "state") == said(new)
+
+
 def test_a_full_disk_is_an_error_that_leaves_the_key_as_it_was(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: writing fails in the middle of a file."""
     store = Store(tmp_path)

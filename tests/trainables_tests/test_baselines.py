@@ -218,14 +218,32 @@ def test_albefs_checkpoint_gives_its_image_encoder_at_any_image_size(tmp_path: P
     assert torch.equal(other.stem.pos_embed[:, 0], encoder["pos_embed"][:, 0]), "the class token keeps its position"
 
 
-class Foreign:
-    """Anything that is no tensor and no plain value."""
+class Runs:
+    """What a malicious pickle holds: code to run when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_with_anything_to_run_in_it_is_refused(tmp_path: Path) -> None:
-    albef_checkpoint(tmp_path / "ALBEF.pth", 32, config=Foreign())
+def test_a_checkpoint_with_anything_to_run_in_it_is_refused_and_runs_none(tmp_path: Path) -> None:
+    albef_checkpoint(tmp_path / "ALBEF.pth", 32, config=Runs(tmp_path / "ran"))
     with pytest.raises(BackboneError, match=r"ALBEF\.pth: cannot be read as weights alone .* save its tensors again"):
         load_chain(baseline_at("albef", tmp_path / "ALBEF.pth"), 64)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "ALBEF.pth", weights_only=False)
+    assert (tmp_path / "ran").exists(), "the file would have run its code"
+
+
+@pytest.mark.parametrize("suffix", ["pt", "bin", "safetensors"])
+def test_no_other_name_makes_a_pickle_run(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"encoder.{suffix}"
+    torch.save({"weight": torch.zeros(2), "code": Runs(tmp_path / "ran")}, path)
+    with pytest.raises(BackboneError, match=f"encoder.{suffix}"):
+        load_chain(baseline_at("timm:resnet18", path), 64)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_albef_without_its_checkpoint_says_how_to_name_it() -> None:
