@@ -6,7 +6,8 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from analysis.schema import StudyHeader, Units
 from analysis.tracking import LedgerError
 from study.chains import Chain, the_task
-from study.claim import claimed
+from study.claim import claimed, lock_file
 from study.declare import (
     cell_headers,
     counted_units,
@@ -34,12 +35,13 @@ from study.interrupts import Halt, StudyHaltedError, answered_signals
 from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
+from study.places import Address, AwayError
 from study.plan import Cache, Plan
 from study.preparing import prepare_away, prepare_data, require_disk
 from study.progress import Progress
 from study.schedule import Node, Schedule, pending_schedule
-from study.store import Store
-from trainables.cache_files import cache_name, record_of, release
+from study.store import GO_ON, Store
+from trainables.cache_files import cache_name, release
 from trainables.results import CellResult, EpochRecord
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ SCRATCH_BYTES = 200_000_000  # what Ray's logs and sockets need at the least
 class RunOptions:
     """How to run a plan: where results, ledger and workers are."""
 
-    storage: Path
+    storage: Address | Path
     command: str
     tracking_uri: str | None = None
     address: str | None = None
@@ -84,7 +86,7 @@ def run_plan(
     """
     store = Store(options.storage, caches=plan.sharing)
     halt = Halt()
-    with claimed(store.locks, plan.study.name, options.command), answered_signals():
+    with _claimed_everywhere(store, plan.study.name, options.command, halt), answered_signals():
         try:
             return _run(plan, options, store, console, halt, begin or Session)
         except KeyboardInterrupt:
@@ -93,17 +95,34 @@ def run_plan(
             raise _halted(halt.reason, store) or StudyHaltedError(str(halt.reason)) from halt.reason
 
 
+@contextmanager
+def _claimed_everywhere(store: Store, study: str, command: str, halt: Halt) -> Iterator[None]:
+    """Hold a study on this machine, and in an object store against all machines."""
+    with claimed(store.locks, study, command), ExitStack() as everywhere:
+        if store.address.uri is not None:
+            from study.lease import leased
+            from study.object_store import ObjectStore
+
+            assert isinstance(store.place, ObjectStore)
+            everywhere.enter_context(leased(store.place, lock_file(store.locks, study), study, command, halt))
+        yield
+
+
 def _run(
     plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt, begin: Callable[..., Session]
 ) -> Launched:
     store.sweep()
     # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
     named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
-    if (pending := pending_schedule(plan, store.root)).nodes:
+    if (pending := pending_schedule(plan, store.address)).nodes:
         require_disk(plan, store)
         _executor(plan, options, store).check(pending, store)  # also before hours of decoding
+    store.bring_splits()
     contents = prepare_data(plan, store, console)
     prepare_away(plan, store, console)
+    store.share_splits()
+    if named is None and store.address.uri is not None:
+        console.print(_own_ledger(store), highlight=False, markup=False, soft_wrap=True)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
     say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
     session = begin(plan, store, ledger, contents, options.command, say=say, halt=halt)
@@ -130,7 +149,17 @@ def _halted(reason: Exception, store: Store) -> StudyHaltedError | None:
         store.require_room()
     except StudyError as full:
         return StudyHaltedError(str(full))
+    if isinstance(reason, AwayError):  # and back by now
+        return StudyHaltedError(f"{reason}, and {GO_ON}")
     return StudyHaltedError(str(reason)) if isinstance(reason, LedgerError) else None
+
+
+def _own_ledger(store: Store) -> str:
+    """Where the ledger of a storage on a URI is, as long as nobody names one: no database lies in an object store."""
+    return (
+        f"the ledger is on this machine, {store.root / 'mlflow.db'}: name a server by --tracking-uri for one that "
+        f"others see; anywhere else the same command makes it anew from the results in {store.address.shown}"
+    )
 
 
 class Session:
@@ -320,7 +349,7 @@ class Session:
 
     def _cache_units(self, results: Sequence[tuple[Chain, CellResult]]) -> dict[str, int]:
         names = {record.cache for _, result in results for record in result.history if record.cache is not None}
-        return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
+        return self._store.cache_units(names)
 
 
 def _kept(result: CellResult) -> CellResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import traceback
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,7 @@ from study.watchdog import HungError, time_limit
 from study.worker_faults import Fault
 
 if TYPE_CHECKING:
+    from study.places import Address
     from study.store import Store
     from trainables.requests import TrialRequest
     from trainables.results import EpochRecord
@@ -191,7 +193,10 @@ class Worker:
         assert self._request is not None, "a worker takes a trial before it works"
         try:
             if self._trial is not None:
-                return self._trial.step()
+                record = self._trial.step()
+                if self._trial.done:
+                    self._store.note_caches()
+                return record
             self._trial = self._begin(self._request)
             return None
         except (BackboneError, DataError) as error:
@@ -207,18 +212,26 @@ class Worker:
 
     def _begin(self, request: TrialRequest) -> Trial:
         from trainables.device import release_memory
+        from trainables.results import TrainingError
         from trainables.trial import Trial
 
         release_memory()  # of the trial before
         task, provenance = self._bench.task(request.settings)
+        if request.index and provenance["index_digest"] != request.index:
+            raise TrainingError(
+                f"{request.settings.dataset.name}: its table or split on {socket.gethostname()} is not the one that "
+                "the study was planned with; give all nodes the same files"
+            )
         return Trial(request, task, self._store, provenance, partial(self._bench.away, request.settings))
 
 
-def worker_at(root: Path, *, caches: bool) -> Worker:
-    """A worker over a storage folder, for another process."""
+def worker_at(storage: Address, *, caches: bool) -> Worker:
+    """A worker over a storage, for another process on this machine or another one."""
     from study.store import Store
 
-    return Worker(Store(root, caches=caches))
+    store = Store(storage.here(), caches=caches)
+    store.bring_splits()
+    return Worker(store)
 
 
 def placed(request: TrialRequest) -> TrialRequest:

@@ -90,6 +90,11 @@ class Plan:
     children: dict[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
 
     @property
+    def cache_bytes(self) -> int:
+        """Of `disk_bytes` those that any machine can make again: decoded images and caches."""
+        return _image_bytes(self.chains) + sum(c.bytes for c in self.caches)
+
+    @property
     def shared_stages(self) -> int:
         """Stages that serve more than one cell."""
         return sum(stage.cells > 1 for stage in self.stages)
@@ -315,13 +320,6 @@ def _disk_bytes(
     chains: Sequence[Chain], caches: Sequence[Cache], children: dict[str, tuple[str, ...]], storage: Path
 ) -> int:
     """Decoded images, caches, states kept at branches, one running state a cell at most, evaluated weights."""
-    from trainables.data.images import cache_bytes
-
-    images = {
-        (index.digest(), c.cell.settings.dataset.image_size): cache_bytes(index, c.cell.settings.dataset.image_size)
-        for c in chains
-        for index in _looked_at(c)
-    }
     states: dict[str, int] = {}
     weights = 0
     slots = os.cpu_count() or 1
@@ -334,7 +332,20 @@ def _disk_bytes(
             if len(children.get(key, ())) > 1:
                 states[key] = 3 * _trained_bytes(chain, now)
     largest = sum(sorted(running, reverse=True)[:slots])
-    return sum(images.values()) + sum(c.bytes for c in caches) + sum(states.values()) + weights + largest
+    again = _image_bytes(chains) + sum(c.bytes for c in caches)
+    return again + sum(states.values()) + weights + largest
+
+
+def _image_bytes(chains: Sequence[Chain]) -> int:
+    """Decoded images, each data set's once a size."""
+    from trainables.data.images import cache_bytes
+
+    images = {
+        (index.digest(), c.cell.settings.dataset.image_size): cache_bytes(index, c.cell.settings.dataset.image_size)
+        for c in chains
+        for index in _looked_at(c)
+    }
+    return sum(images.values())
 
 
 def _trained_bytes(chain: Chain, now: Phase) -> int:

@@ -167,11 +167,13 @@ def survey(schedule: Schedule, store: Store, resources: Resources) -> None:
     """
     settings = [placed(node.request).settings for node in schedule.nodes]
     data = dict.fromkeys(s.dataset.root for s in settings if s.dataset.root is not None)
+    away = [s.dataset.test_on for s in settings if s.dataset.test_on is not None]
+    data |= dict.fromkeys(other.root for other in away if other.root is not None)
     encoders = dict.fromkeys(s.model.backbone for s in settings)
     cloudpickle.register_pickle_by_value(node_survey)  # the project may be missing there
     ask = ray.remote(num_cpus=0, max_retries=0)(node_survey.look)
     faults: dict[str, list[str]] = {}
-    with node_survey.wanted(store.root, data, encoders) as wanted:
+    with node_survey.wanted(store.address, data, encoders) as wanted:
         asked = {}
         for node in ray.nodes():
             if _room(node, resources):

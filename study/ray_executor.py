@@ -31,6 +31,7 @@ from study.chains import Chain
 from study.documents import StudyError
 from study.executors import Attempts, Listener, Worker, placed, worker_at
 from study.gpu_shares import GpuShares
+from study.places import Address
 from study.ray_cluster import NODES_SECONDS, Resources, Room, cluster, first_line, require_slots, slots, survey
 from study.ray_dashboard import Measured, named_tasks
 from study.schedule import Node, Schedule
@@ -195,6 +196,7 @@ class StageSearcher(Searcher):
             "name": node.name.replace("/", "-"),
             "request": Packed(cloudpickle.dumps(replace(placed(node.request), gpu_share=gpus or 1.0))),
             "storage": str(self._store.root),
+            "uri": self._store.address.uri or "",
             "caches": self._store.cache_folder() is not None,
             "resources": resources,
         }
@@ -470,7 +472,8 @@ class TrialActor(tune.Trainable):
         """Set the trial up, or train an epoch."""
         if self._worker is None:
             assert self._next is not None
-            self._worker = worker_at(Path(self._next["storage"]), caches=self._next["caches"])
+            storage = Address(Path(self._next["storage"]), self._next["uri"] or None)
+            self._worker = worker_at(storage, caches=self._next["caches"])
         if self._next is not None:
             self._worker.take(cloudpickle.loads(self._next["request"].data))
             self._next = None

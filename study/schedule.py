@@ -12,12 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from study.chains import Chain
 from study.plan import Plan
 from study.spec import Study
 from trainables.requests import CacheRequest, TrialRequest, Watch
+
+if TYPE_CHECKING:
+    from study.places import Address
 
 Status = Literal["waiting", "running", "done", "skipped", "failed"]
 
@@ -217,15 +220,17 @@ class Schedule:
                 self._skip_if_resolved(child)
 
 
-def pending_schedule(plan: Plan, folder: Path) -> Schedule:
-    """What a launch over a storage folder would run; nothing is written, and the folder need not exist."""
-    from study.store import result_folder, state_folder
+def pending_schedule(plan: Plan, storage: Address | Path) -> Schedule:
+    """What a launch over a storage would run; nothing is written, and a folder need not exist."""
+    from study.store import kept_in, result_name, state_name
+
+    kept = kept_in(storage)
 
     def has_result(chain: Chain) -> bool:
-        return result_folder(folder, chain.leaf, chain.observer.name).is_dir()
+        return kept(result_name(chain.leaf, chain.observer.name))
 
     pending = [chain for chain in plan.chains if not has_result(chain)]
-    return Schedule(plan, pending, has_result, lambda key: state_folder(folder, key).is_dir())
+    return Schedule(plan, pending, has_result, lambda key: kept(state_name(key)))
 
 
 def _is_ready(node: Node) -> bool:
@@ -279,6 +284,7 @@ def make_node(plan: Plan, chain: Chain, users: Sequence[Chain], parent: Node | N
         ),
         compute=plan.compute,
         mixed=plan.study.execution.allow_mixed,
+        index=chain.material.index.digest(),
     )
     node = Node(request, parent, tuple(users), sum(plan.epoch_units(chain)[first:last]))
     if parent is not None:

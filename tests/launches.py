@@ -27,7 +27,7 @@ class Launch:
 
     def __init__(
         self,
-        storage: Path,
+        storage: Path | str,
         *options: str,
         study: str = "ablation",
         overrides: Mapping[str, Any] = TINY,
@@ -38,6 +38,7 @@ class Launch:
         """Start it.
 
         Args:
+            storage: a folder, or a URI.
             options: further arguments.
             overrides: passed on as `-o KEY=VALUE`.
             before: what the command line begins with, such as a change of name space.
@@ -117,7 +118,7 @@ class Launch:
 
 
 @contextmanager
-def launched(storage: Path, *options: str, **how: Any) -> Iterator[Launch]:
+def launched(storage: Path | str, *options: str, **how: Any) -> Iterator[Launch]:
     """A launch of which nothing outlives the context."""
     launch = Launch(storage, *options, **how)
     try:
@@ -126,7 +127,7 @@ def launched(storage: Path, *options: str, **how: Any) -> Iterator[Launch]:
         launch.end()
 
 
-def completed(storage: Path, *options: str, **how: Any) -> Launch:
+def completed(storage: Path | str, *options: str, **how: Any) -> Launch:
     """A launch that has ended."""
     with launched(storage, *options, **how) as launch:
         launch.wait()

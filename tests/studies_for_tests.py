@@ -15,6 +15,7 @@ from analysis.report import write_report
 from analysis.schema import StudyHeader
 from study.documents import apply
 from study.driver import RunOptions, run_plan
+from study.places import Address
 from study.plan import Plan, make_plan
 from study.spec import Choices, find_study, load_study
 
@@ -71,7 +72,7 @@ def planned(
 
 
 def run_study(
-    storage: Path,
+    storage: Path | Address,
     overrides: Mapping[str, Any] = TINY,
     *,
     study: str = "ablation",
@@ -81,7 +82,8 @@ def run_study(
     roots: Mapping[str, Path] | None = None,
 ) -> Ran:
     """Plan and run a study with overrides, in this process."""
-    return _run(planned(storage, overrides, study=study, sharing=sharing, roots=roots), storage, executor, address)
+    plan = planned(Address.of(storage).folder, overrides, study=study, sharing=sharing, roots=roots)
+    return _run(plan, storage, executor, address)
 
 
 def run_smoke(
@@ -100,7 +102,7 @@ def run_smoke(
     return _run(make_plan(declared, storage=storage, sharing=sharing), storage, executor, None)
 
 
-def _run(plan: Plan, storage: Path, executor: str, address: str | None) -> Ran:
+def _run(plan: Plan, storage: Path | Address, executor: str, address: str | None) -> Ran:
     options = RunOptions(storage, command="a test", executor=executor, address=address)
     header, complete, _ = run_plan(plan, options, Console(quiet=True))
-    return Ran(plan, header, complete, storage)
+    return Ran(plan, header, complete, Address.of(storage).folder)

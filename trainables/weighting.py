@@ -55,4 +55,7 @@ def training_weights(u: Weights, s: WeightingSettings) -> Weights:
 
 
 def _normalised(u: Weights, s: WeightingSettings) -> Weights:
-    return u / u.mean() if s.normalise else u
+    """Mean 1; where every class is in every image, and so all are 0, all are alike."""
+    if not s.normalise:
+        return u
+    return u / u.mean() if u.any() else np.ones_like(u)

@@ -30,10 +30,11 @@ ONLY_IN = {  # library → the files that may import it
     # asking and telling; where it is kept; drawing, which takes matplotlib
     "optuna": ("study/search.py", "study/search_storage.py", "study/search_figures.py"),
     "mlflow": ("study/ledger.py", "analysis/records.py"),
+    "fsspec": ("study/object_store.py",),
 }
 # `--plan`, `--help` and validation answer in about a second: importing the first must not import the second.
 LIGHT = ("study.spec", "study.plan", "study.cli")
-HEAVY = ("torch", "ray", "mlflow", "sklearn", "transformers", "optuna")
+HEAVY = ("torch", "ray", "mlflow", "sklearn", "transformers", "optuna", "fsspec", "botocore")
 
 
 class Import(NamedTuple):

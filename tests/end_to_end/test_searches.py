@@ -26,6 +26,7 @@ from study import search_session
 from study.chains import Chain
 from study.documents import StudyError
 from study.driver import RunOptions, run_plan
+from study.places import Address
 from study.plan import make_plan
 from study.running import Launch as Options
 from study.search import TrialFacts, Trials
@@ -102,7 +103,7 @@ def declared(overrides: Mapping[str, Any]) -> Study:
 
 def searched(storage: Path, **more: Any) -> Searched:
     study = declared({**SMALL, **{f"search.{name}": value for name, value in more.items()}})
-    status = run_search(study, SearchLaunch(Options(storage, executor="local")))
+    status = run_search(study, SearchLaunch(Options(Address(storage), executor="local")))
     return Searched(storage, Search.of(study), status)
 
 
@@ -302,7 +303,7 @@ def test_a_search_whose_time_is_up_begins_nothing_more_and_goes_on_when_asked_ag
     clock = itertools.count()  # a second passes between two looks at it
     stopped_clock = SimpleNamespace(monotonic=lambda: next(clock), time_ns=time.time_ns)
     monkeypatch.setattr(search_session, "time", stopped_clock)
-    assert run_search(study, SearchLaunch(Options(tmp_path, executor="local"), seconds=1.5)) == 0
+    assert run_search(study, SearchLaunch(Options(Address(tmp_path), executor="local"), seconds=1.5)) == 0
     first = Searched(tmp_path, Search.of(study), 0)
     assert [t.trajectory for t in first.trials] == [0] * LOOKS, "the second trajectory would have begun too late"
     assert {t.status for t in first.trials} == {"FINISHED"}
@@ -372,7 +373,7 @@ def test_a_trial_that_diverges_fails_and_the_search_goes_on(tmp_path: Path) -> N
     assert all("lower optimiser.encoder_lr" in t.error for t in ran.trials)
     assert statuses(tmp_path) == {"FAILED": len(ran.trials)}
     with pytest.raises(StudyError, match="no finished trial yet"):
-        ablate_best(ran.search.study, SearchLaunch(Options(tmp_path, executor="local")))
+        ablate_best(ran.search.study, SearchLaunch(Options(Address(tmp_path), executor="local")))
 
 
 @pytest.mark.parametrize("command", ["report", "verify"])

@@ -64,6 +64,14 @@ def test_a_class_without_positives_gets_a_large_but_finite_weight() -> None:
     assert initial_state(np.array([0]), np.array([100]), ("a",), s) == pytest.approx([1e8])
 
 
+def test_where_every_image_has_every_class_all_weigh_alike() -> None:
+    """As where tuberculosis is the only class, and images with it are all there are: N_neg = 0, no 0 / 0."""
+    s = WeightingSettings(enabled=True)
+    u = initial_state(np.array([40, 40]), np.array([0, 0]), ("a", "b"), s)
+    assert u.tolist() == [1.0, 1.0]
+    assert refine(u, np.array([0.5, 0.9]), s).mean() == pytest.approx(1)
+
+
 def test_training_clips_what_it_uses_and_leaves_the_state_as_it_is() -> None:
     u = np.array([0.1, 1.0, 20.0])
     assert training_weights(u, PLAIN).tolist() == [0.5, 1.0, 5.0]
