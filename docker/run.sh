@@ -51,37 +51,41 @@ health() {
     esac
 }
 
-trains() { # whether a command line of launch.py starts trials
+keeps() { # whether a command of launch.py has a storage
     case ${1:-list} in
-    list | schema | check | status | report | verify | ui | --help) return 1 ;;
+    list | schema | check | ui | --help) return 1 ;;
+    esac
+}
+
+trains() { # whether it starts trials
+    case $1 in
+    status | report | verify) return 1 ;;
     esac
     [[ " $* " != *" --plan "* && " $* " != *" --help "* ]]
 }
 
-reads_ledger() { [[ ${1:-} == status || ${1:-} == report || ${1:-} == verify ]]; }
-
 study() {
     local -a options=()
-    local storage=$STORAGE
-    if [[ " $* " == *" --smoke "* ]]; then storage=$STORAGE/smoke; fi
-    if trains "$@" || reads_ledger "$@"; then
+    if keeps "$@"; then
+        options+=(--storage "$STORAGE$([[ " $* " != *" --smoke "* ]] || echo /smoke)" --tracking-uri "$MLFLOW_URI")
         MLFLOW_TRACKING_USERNAME=study
         MLFLOW_TRACKING_PASSWORD=$(secret mlflow_study_password)
         export MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD
-        options+=(--storage "$storage" --tracking-uri "$MLFLOW_URI")
+        if trains "$@"; then join_for "$1"; fi
     fi
-    if trains "$@"; then
-        with_token
-        ray_node --address="$HEAD:$HEAD_PORT" --num-cpus=0 --num-gpus=0 >/tmp/ray-start.log 2>&1 ||
-            { cat /tmp/ray-start.log >&2; exit 1; }
-        options+=(--address "$HEAD:$HEAD_PORT")
-        if [[ $1 == search || $1 == ablate-best ]]; then
-            PGPASSWORD=$(secret optuna_db_password)
-            export PGPASSWORD
-            options+=(--optuna-storage "${OPTUNA_URI:-postgresql+psycopg://optuna@postgres/optuna}")
-        fi
+    exec python3 "$APP"/study/launch.py "$@" ${options[@]+"${options[@]}"}
+}
+
+join_for() { # make this container a node of the cluster, and add to study's options what the command needs
+    with_token
+    ray_node --address="$HEAD:$HEAD_PORT" --num-cpus=0 --num-gpus=0 >/tmp/ray-start.log 2>&1 ||
+        { cat /tmp/ray-start.log >&2; exit 1; }
+    options+=(--address "$HEAD:$HEAD_PORT")
+    if [[ $1 == search || $1 == ablate-best ]]; then
+        PGPASSWORD=$(secret optuna_db_password)
+        export PGPASSWORD
+        options+=(--optuna-storage "${OPTUNA_URI:-postgresql+psycopg://optuna@postgres/optuna}")
     fi
-    exec python3 "$APP"/study/launch.py "$@" "${options[@]}"
 }
 
 head() {

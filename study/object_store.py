@@ -102,7 +102,7 @@ class ObjectStore:
         """See `Place`: a copy, fetched once for every publication."""
         with suppress(FileNotFoundError, ValueError):
             entry = _entry(self._manifest(bundle), name)
-            path: Path = self._folder / "fetched" / bundle / entry["object"]
+            path = self._folder / "fetched" / bundle / str(entry["object"])
             if not path.is_file():
                 (data,) = self.read(bundle, name)
                 make_folder(path.parent)

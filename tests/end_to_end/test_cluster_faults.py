@@ -130,7 +130,9 @@ WAITS = """
 import sys, ray
 from study.interrupts import answered_signals
 from study.ray_cluster import cluster
-with answered_signals(), cluster(sys.argv[1], verbose=False):
+from study.spec import Choices, find_study, load_study
+study = load_study(find_study("ablation"), Choices())
+with answered_signals(), cluster(sys.argv[1], study, verbose=False):
     print("connected", flush=True)
     while True:
         ray.nodes()

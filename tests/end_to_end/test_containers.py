@@ -47,8 +47,8 @@ def test_nothing_is_published_beyond_loopback(cluster: Stack) -> None:
 
 
 def test_no_process_is_root_and_none_has_a_secret_in_its_arguments(cluster: Stack) -> None:
-    listed = [docker("top", c["Id"], "-eo", "uid,args") for c in cluster.containers() if c["State"]["Running"]]
-    lines = [line.split(maxsplit=1) for text in listed for line in text.splitlines()[1:]]
+    listed = [docker("top", c["Id"], "-eo", "pid,uid,args") for c in cluster.containers() if c["State"]["Running"]]
+    lines = [line.split(maxsplit=2)[1:] for text in listed for line in text.splitlines()[1:]]
     assert len(lines) > 10
     assert "0" not in {uid for uid, _ in lines}
     secrets = [file.read_text() for file in cluster.secrets.iterdir()]
@@ -163,17 +163,22 @@ def test_a_killed_worker_costs_no_bit_of_the_table(
     docker("cp", f"{head['Id']}:/storage/smoke/ablation/report", str(tmp_path))
     report = tmp_path / "report"
     for name in ("table.csv", "table.md", "table.tex"):
-        assert (report / name).read_text() == (alone / name).read_text(), name
+        assert without_runs(report / name) == without_runs(alone / name), name
     pd.testing.assert_frame_equal(cells(report), cells(alone))
     with capsys.disabled():
-        print(f"\n{(report / 'table.md').read_text()}")
-        print(f"{len(cells(report))} cells, {took:.0f} s; a worker killed after {killed - started:.0f} s")
+        print(f"\n{log.read_text()}")
+        print(f"{len(cells(report))} cells as alone; {took:.0f} s, a worker killed after {killed - started:.0f} s")
 
 
 def test_what_was_trained_is_in_mlflow_on_postgres(cluster: Stack) -> None:
     [postgres] = cluster.containers("postgres")
     ask = ["psql", "-d", "mlflow", "-tAc", "select count(*) from tags where key = 'mlflow.runName'"]
     assert int(docker("exec", postgres["Id"], *ask)) >= 8  # cells, and their rows
+
+
+def without_runs(table: Path) -> str:
+    """A table's text; a run of MLflow has another name in each ledger."""
+    return re.sub(r"\b[0-9a-f]{32}\b", "RUN", table.read_text())
 
 
 def cells(report: Path) -> pd.DataFrame:

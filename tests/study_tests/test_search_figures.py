@@ -20,7 +20,7 @@ def test_a_search_without_a_finished_trial_has_no_figure(tmp_path: Path) -> None
     assert draw_search(trials.study, (LABEL,)) == []
 
 
-@pytest.mark.parametrize("labels", [(LABEL,), (LABEL, "training units")])
+@pytest.mark.parametrize("labels", [(LABEL,), pytest.param((LABEL, "training units"), marks=pytest.mark.slow)])
 def test_history_importances_and_slices_of_each_objective_and_the_front_of_two(
     tmp_path: Path, labels: tuple[str, ...]
 ) -> None:
