@@ -298,24 +298,26 @@ class ObjectStore:
         began, pause_s, said = time.monotonic(), PAUSE_S, False
         while True:
             try:
-                found: T | OSError = call(*arguments, **options)
-            except (FileNotFoundError, FileExistsError) as error:
-                found = error
+                found = call(*arguments, **options)
+            except (FileNotFoundError, FileExistsError):
+                self._say_back(began, said)
+                raise
             except self._failures as error:
                 away = _explained(error, self.uri)
                 if time.monotonic() - began + pause_s > self._patience_s:
                     raise away from error
-                if not said and self._patience_s > SHORT_S:
-                    said = True
-                    log.warning("%s: %s; trying again for %.0f s", self.uri, away.strerror, self._patience_s)
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-                continue
-            if said:
-                log.warning("%s: answers again after %.0f s", self.uri, time.monotonic() - began)
-            if isinstance(found, OSError):
-                raise found
-            return found
+            else:
+                self._say_back(began, said)
+                return found
+            if not said and self._patience_s > SHORT_S:
+                said = True
+                log.warning("%s: %s; trying again for %.0f s", self.uri, away.strerror, self._patience_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _say_back(self, began: float, said: bool) -> None:
+        if said:
+            log.warning("%s: answers again after %.0f s", self.uri, time.monotonic() - began)
 
 
 def _client(scheme: str) -> tuple[Any, tuple[type[BaseException], ...]]:

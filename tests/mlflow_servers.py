@@ -86,6 +86,7 @@ class ServerWithUsers(Server):
             "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "users.ini"),
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.admin_password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(24),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes for what studies do not use
         }
 
     def add_user(self, name: str) -> dict[str, str]:
@@ -97,6 +98,11 @@ class ServerWithUsers(Server):
             headers={"Content-Type": "application/json", "Authorization": basic("admin", self.admin_password)},
         )
         with urllib.request.urlopen(request, timeout=60):
+            pass
+        # The first request of each kind makes a server import and set up for seconds: more than clients wait.
+        page = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"
+        asking = urllib.request.Request(page, headers={"Authorization": basic(name, password)})
+        with urllib.request.urlopen(asking, timeout=60):
             return {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
 
 

