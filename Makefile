@@ -12,8 +12,24 @@ UPGRADE ?=
 ARGS ?=
 # Tests run in so many processes, a file in one: most tests wait more than they compute
 WORKERS ?= 2
+# The image of the cluster in containers, and what it is built from (docs/cluster.md); PIP_CONF=FILE: a pip.conf with
+# indexes of your own, TORCH_INDEX=URL: an index with CPU wheels of torch
+IMAGE ?= spft-studies:latest
+BASE ?= debian:bookworm-slim
+TORCH_INDEX ?=
+PIP_CONF ?=
+# Further arguments of `docker build`, e.g. --network=host
+BUILD_ARGS ?=
+# Ray workers of `up`; GPU=1: one with all GPUs of this machine in their place. DATA: a folder with data sets
+NODES ?= 2
+GPU ?=
+DATA ?=
+# Name of the containers' project, and folder of its secrets
+PROJECT ?= spft
+SECRETS ?= docker/secrets
 # Put before pytest, e.g. LIMIT='timeout --signal=INT 60m'
 LIMIT ?=
+DOCKER ?= docker
 
 comma := ,
 VENV := .venv
@@ -22,13 +38,18 @@ LOCK := requirements.lock
 # Inside .venv, so that it cannot outlive what it vouches for; one for each choice of extras.
 STAMP := $(VENV)/.installed-$(subst $(comma),+,$(EXTRAS))
 on = $(filter-out 0,$(1))
+# The plugin where there is one, else the older program; the profile makes GPU workers exist.
+compose_of = $(if $(shell $(DOCKER) compose version 2>/dev/null),$(DOCKER) compose,docker-compose)
+COMPOSE = SPFT_SECRETS='$(abspath $(SECRETS))' SPFT_IMAGE='$(IMAGE)' $(if $(DATA),SPFT_DATA='$(abspath $(DATA))') \
+    $(compose_of) --file docker/compose.yaml --project-name $(PROJECT) $(if $(call on,$(GPU)),--profile gpu)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ablation test lint types check check-all bench lock audit clean
+.PHONY: help setup ablation test lint types check check-all bench lock audit clean \
+    image up cluster-ablation down
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## build .venv from the lock; again only when pyproject.toml or the lock change
 
@@ -58,6 +79,24 @@ lock: | $(PY) ## rewrite requirements.lock from pyproject.toml, keeping pins (UP
 
 audit: setup ## ask for known vulnerabilities of the locked releases (needs the network; fails where it cannot ask)
 	$(PY) .ci/audit.py $(ARGS)
+
+image: ## build the image of the cluster's nodes (BASE=…: on a CUDA base, IMAGE=…: its name)
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE=$(BASE) \
+	    $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
+	    $(if $(PIP_CONF),--secret id=pip$(comma)src=$(PIP_CONF)) $(BUILD_ARGS) .
+
+up: image $(SECRETS) ## start PostgreSQL, MLflow, a Ray head and NODES workers in containers (docs/cluster.md)
+	$(COMPOSE) up --detach $(if $(call on,$(GPU)),--scale worker=0 --scale worker-gpu=1,--scale worker=$(NODES))
+
+cluster-ablation: $(SECRETS) ## run the main study on the cluster that `up` started
+	$(COMPOSE) run --rm $$([ -t 1 ] || echo -T) study study ablation $(ARGS)
+
+down: $(SECRETS) ## end the cluster's containers; results, databases and secrets stay (ARGS=--volumes: not the former two)
+	$(COMPOSE) down $(ARGS)
+
+$(SECRETS): docker/secrets.sh
+	docker/secrets.sh $(SECRETS)
+	@touch $(SECRETS)
 
 clean: ## remove caches and build output; .venv and outputs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -175,9 +175,14 @@ def patient_table(table: StudyTable, noise: Sequence[PatientNoise]) -> TextTable
     return TextTable(what, columns, groups, (True, True, *[False] * 5))
 
 
+_OF_CLASS = {"mean_dice": "Dice", "map50_95": "AP@50-95"}  # main metric → its name for one class
+
+
 def class_difference_tables(table: StudyTable, noise: Sequence[PatientNoise]) -> list[TextTable]:
-    """Δ AUC by class with DeLong's 95 % interval, a column a comparison."""
+    """Differences by class with their 95 % interval over patients, a column a comparison."""
     tables = []
+    auc = table.header.main_metric == "macro_auc"
+    what, how = ("AUC", "DeLong") if auc else (_OF_CLASS.get(table.header.main_metric, "quality"), "bootstrap")
     for dataset in table.header.datasets:
         shown = [n for n in noise if n.dataset == dataset][:_CLASS_COLUMNS]
         if shown:
@@ -192,8 +197,8 @@ def class_difference_tables(table: StudyTable, noise: Sequence[PatientNoise]) ->
                 for name in shown[0].classes
             )
             columns = ("Class", *(f"{n.row} against {n.reference}" for n in shown))
-            what = f"Δ AUC by class on {dataset_name(table, dataset)}, mean over seeds (DeLong 95 %), uncorrected"
-            tables.append(TextTable(what, columns, (("", lines),), (True, *[False] * len(shown))))
+            title = f"Δ {what} by class on {dataset_name(table, dataset)}, mean over seeds ({how} 95 %), uncorrected"
+            tables.append(TextTable(title, columns, (("", lines),), (True, *[False] * len(shown))))
     return tables
 
 

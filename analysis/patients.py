@@ -1,19 +1,22 @@
 """Noise over test patients: rows compared on the stored predictions of their cells, at the trained seeds.
 
 The interval over seeds says how a difference would vary if training were repeated, this one how it would vary on other
-patients. The bootstrap draws whole groups (patients, lesions); DeLong's interval by class takes images as independent
-and is the narrower one where patients have several images.
+patients. The bootstrap draws whole groups (patients, lesions), for the classes too where boxes or masks are measured;
+for areas under the curve a class has DeLong's interval, which takes images as independent and is the narrower one where
+patients have several images.
 """
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from analysis.drawn_quality import Arrays, Drawable, boxes_of, masks_of
 from analysis.records import StudyRecords
 from analysis.statistics import (
     Estimate,
@@ -21,6 +24,7 @@ from analysis.statistics import (
     class_auc,
     delong,
     delong_contrast,
+    draw_groups,
     macro,
     macro_replicates,
     percentile_estimate,
@@ -28,8 +32,16 @@ from analysis.statistics import (
 from analysis.tables import Comparison, StudyTable
 
 _WORK = 5_000_000_000  # images × classes × models × draws: about a minute on one core
+_BOX_WORK = 50_000_000  # models × classes × images × draws of boxes or masks: about as long
 _FEWEST_DRAWS = 200
 _AGREEMENT = 1e-4  # stored scores are float32; a larger gap from the ledger's figure is no rounding
+
+
+# Main metric → the arrays that it follows from, and what makes a quality of them that images can be drawn for.
+DRAWABLE: dict[str, tuple[tuple[str, ...], Callable[[Arrays], Drawable]]] = {
+    "mean_dice": (("dice",), masks_of),
+    "map50_95": (("boxes", "true_image", "true_class", "true_xyxy"), boxes_of),
+}
 
 
 class PredictionsError(ValueError):
@@ -38,11 +50,12 @@ class PredictionsError(ValueError):
 
 @dataclass(frozen=True)
 class PatientNoise:
-    """A comparison seen over test patients: mean over its seeds of the difference in macro AUC and in each class's AUC.
+    """A comparison over test patients: mean over its seeds of the difference in the main metric, and of each class.
 
     Attributes:
         macro: difference with the percentile interval over groups.
-        classes: class → difference with DeLong's interval; undefined classes are left out.
+        classes: class → difference with its interval, DeLong's for areas under the curve, else the percentile one over
+            groups; undefined classes are left out.
         images, groups: size of the test split.
         draws: bootstrap draws.
     """
@@ -85,14 +98,83 @@ def patient_noise(
     Raises:
         PredictionsError: predictions of one data set differ in images or labels, or do not give the ledger's figures.
     """
-    if table.header.main_metric != "macro_auc":
-        return []
+    metric = table.header.main_metric
     found = []
     for dataset in table.header.datasets:
         comparisons = [c for c in table.comparisons_of(dataset) if c.seeds and _stored(c, table, records)]
-        if comparisons:
+        if comparisons and metric == "macro_auc":
             found += _compare_on_patients(_load(dataset, comparisons, table, records), comparisons, rng, draws)
+        elif comparisons and metric in DRAWABLE:
+            drawn = _load_drawable(dataset, comparisons, table, records)
+            found += _compare_drawn(drawn, comparisons, rng, draws)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawables:
+    """Predictions of boxes or masks of a data set's cells on one test split, in the order of `keys` (row, seed)."""
+
+    keys: tuple[tuple[str, int], ...]
+    classes: tuple[str, ...]
+    groups: npt.NDArray[np.str_]
+    models: tuple[Drawable, ...]
+
+
+def _load_drawable(dataset: str, comparisons: list[Comparison], table: StudyTable, records: StudyRecords) -> _Drawables:
+    """Read every cell's predictions once, and compare their figure with the ledger's."""
+    metric = table.header.main_metric
+    names, made = DRAWABLE[metric]
+    runs = {key: run for comparison in comparisons for key, run in _runs(comparison, table).items()}
+    cells = records.cells.set_index("mlflow_run_id")[metric]
+    same = [name for name in ("names", "groups", "classes", *names) if name not in ("boxes", "dice")]
+    first: dict[str, npt.NDArray[np.generic]] | None = None
+    models = []
+    for (row, seed), run in runs.items():
+        place = f"{dataset} · {row} · seed {seed} (run {run})"
+        arrays = _read(records.predictions[run], place, ("names", "groups", "classes", *names))
+        first = first or arrays
+        _require_same(arrays, first, same, place)
+        models.append(made(arrays))
+        once = np.ones((len(arrays["names"]), 1), np.int32)
+        _require_stated(macro(models[-1].replicates(once)[:, 0]), float(cells[run]), table.header.metric_label, place)
+    assert first is not None  # a comparison has at least one seed
+    classes = tuple(str(name) for name in first["classes"])
+    return _Drawables(tuple(runs), classes, np.asarray(first["groups"], np.str_), tuple(models))
+
+
+def _compare_drawn(
+    test: _Drawables, comparisons: list[Comparison], rng: np.random.Generator, draws: int
+) -> list[PatientNoise]:
+    codes = np.unique(test.groups, return_inverse=True)[1]
+    once = np.ones((len(codes), 1), np.int32)
+    values = np.array([model.replicates(once)[:, 0] for model in test.models])  # (M, C)
+    draws = min(draws, max(_FEWEST_DRAWS, int(_BOX_WORK / (values.size * len(codes)))))
+    chunks = [
+        np.array([model.replicates(counts) for model in test.models]) for counts in draw_groups(codes, rng, draws)
+    ]
+    replicates = np.concatenate(chunks, axis=2)  # (M, C, D)
+    defined = np.isfinite(values[0])  # the truth is the same for all models
+    incomplete = int(np.isnan(replicates[0, defined]).any(axis=0).sum())
+    means, overall = _means(values[:, defined, None])[:, 0], _means(replicates[:, defined])
+    noise = []
+    for comparison in comparisons:
+        weights = _weights(comparison, test.keys)
+        classes = {
+            test.classes[c]: percentile_estimate(float(weights @ values[:, c]), weights @ replicates[:, c])
+            for c in np.flatnonzero(defined).tolist()
+        }
+        estimate = percentile_estimate(float(weights @ means), weights @ overall, incomplete)
+        size = (len(codes), int(codes.max()) + 1, draws)
+        noise.append(PatientNoise(comparison.dataset, comparison.row, comparison.reference, estimate, classes, *size))
+    return noise
+
+
+def _means(values: Floats) -> Floats:
+    """(M, C, D) → (M, D) mean over the classes that are defined; NaN where none is."""
+    defined = np.isfinite(values)
+    n = defined.sum(axis=1)
+    means: Floats = np.where(defined, values, 0.0).sum(axis=1) / np.where(n, n, np.nan)
+    return means
 
 
 def _compare_on_patients(
@@ -142,19 +224,11 @@ def _load(dataset: str, comparisons: list[Comparison], table: StudyTable, record
     scores = []
     for (row, seed), run in runs.items():
         place = f"{dataset} · {row} · seed {seed} (run {run})"
-        arrays = _read(records.predictions[run], place)
+        arrays = _read(records.predictions[run], place, ("names", "groups", "labels", "scores", "classes"))
         first = first or arrays
-        for name in ("names", "groups", "labels", "classes"):
-            if not np.array_equal(arrays[name], first[name]):
-                raise PredictionsError(
-                    f"predictions of {place} differ in {name!r} from those of the study's other cells"
-                )
-        recomputed, stated = macro(class_auc(arrays["labels"], arrays["scores"])), float(cells[run])
-        if not abs(recomputed - stated) <= _AGREEMENT:
-            raise PredictionsError(
-                f"predictions of {place} give a macro AUC of {recomputed:.6f}, the ledger says {stated:.6f}; "
-                "one of them is not of this cell: run the cell again"
-            )
+        _require_same(arrays, first, ("names", "groups", "labels", "classes"), place)
+        recomputed = macro(class_auc(arrays["labels"], arrays["scores"]))
+        _require_stated(recomputed, float(cells[run]), "macro AUC", place)
         scores.append(np.asarray(arrays["scores"], dtype=np.float64))
     assert first is not None  # a comparison has at least one seed
     classes = tuple(str(name) for name in first["classes"])
@@ -162,9 +236,28 @@ def _load(dataset: str, comparisons: list[Comparison], table: StudyTable, record
     return _TestSet(tuple(runs), classes, np.asarray(first["groups"], dtype=np.str_), labels, np.stack(scores))
 
 
-def _read(path: Path, place: str) -> dict[str, npt.NDArray[np.generic]]:
+def _require_same(
+    arrays: Mapping[str, npt.NDArray[np.generic]],
+    first: Mapping[str, npt.NDArray[np.generic]],
+    names: Sequence[str],
+    place: str,
+) -> None:
+    for name in names:
+        if not np.array_equal(arrays[name], first[name]):
+            raise PredictionsError(f"predictions of {place} differ in {name!r} from those of the study's other cells")
+
+
+def _require_stated(recomputed: float, stated: float, metric: str, place: str) -> None:
+    if not abs(recomputed - stated) <= _AGREEMENT:
+        raise PredictionsError(
+            f"predictions of {place} give a {metric} of {recomputed:.6f}, the ledger says {stated:.6f}; one of them is "
+            "not of this cell: run the cell again"
+        )
+
+
+def _read(path: Path, place: str, names: Sequence[str]) -> dict[str, npt.NDArray[np.generic]]:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in ("names", "groups", "labels", "scores", "classes")}
+            return {name: stored[name] for name in names}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise PredictionsError(f"predictions of {place} cannot be read: {error}; run the cell again") from error

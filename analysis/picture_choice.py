@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from analysis.drawn_quality import iou
 from analysis.patients import PredictionsError
 from analysis.records import StudyRecords
 from analysis.statistics import Floats
@@ -186,7 +187,7 @@ def image_ap50(found: Floats, corners: Floats, labels: npt.NDArray[np.generic]) 
         return float("nan")
     found = found[found[:, 5] >= 0]
     found = found[np.argsort(-found[:, 4], kind="stable")]
-    overlap = np.where(found[:, 5:6] == labels[None, :], _iou(found[:, :4], corners), 0.0)
+    overlap = np.where(found[:, 5:6] == labels[None, :], iou(found[:, :4], corners), 0.0)
     free = np.ones(len(corners), np.bool_)
     hits = np.zeros(len(found), np.bool_)
     for d in np.flatnonzero((overlap >= _MATCHED).any(axis=1)).tolist():
@@ -197,14 +198,3 @@ def image_ap50(found: Floats, corners: Floats, labels: npt.NDArray[np.generic]) 
     precision = np.cumsum(hits) / np.arange(1, len(found) + 1)
     falling = np.maximum.accumulate(precision[::-1])[::-1]
     return float(falling[hits].sum() / len(corners))
-
-
-def _iou(boxes: Floats, others: Floats) -> Floats:
-    """(D, M) intersection over union of (D, 4) and (M, 4) corners."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    both = np.clip(high - low, 0, None).prod(axis=2)
-    areas = [np.clip(b[:, 2:] - b[:, :2], 0, None).prod(axis=1) for b in (boxes, others)]
-    union = areas[0][:, None] + areas[1][None, :] - both
-    iou: Floats = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
-    return iou

@@ -1,5 +1,7 @@
 """Figures of predicted boxes and masks beside the true ones: a line an image, a column a row of the study.
 
+True boxes have a column of their own with their classes, since crowded images have no room for two boxes' labels.
+
 What is shown comes from the stored predictions (see `analysis.picture_choice`); the images themselves are handed in by
 a `PixelSource`, since no ledger holds them.
 """
@@ -36,14 +38,17 @@ MOST_BOXES = 5
 _SIDE = 320  # px that an image is shown with at most
 _WIDTH = 8.6  # inches
 _NAME = 48  # letters of an image's name
+_PAD = 0.012  # on both sides of a label, as a share of the side
+_LINES = 6  # that a structure's label may be moved by, up or down
+_TRUTH_ALONE = ""  # the column of true boxes: no row of a study has an empty name
 _LABEL: dict[str, Any] = {
     "fontsize": 6.5,
     "bbox": {"boxstyle": "square,pad=0.15", "facecolor": "#000000", "edgecolor": "none", "alpha": 0.65},
 }
 _CAPTIONS = {
-    "detection": "As many predicted boxes are shown as the image has true ones (at least one, at most "
-    f"{MOST_BOXES}), those with the highest scores, with class and score; true boxes with their class. A label that "
-    "would cover another is left out. AP: of the image alone, at IoU 0.5.",
+    "detection": "The first column shows the true boxes with their classes, the others the same boxes with as many "
+    f"predicted ones as the image has true ones (at least one, at most {MOST_BOXES}), those with the highest scores, "
+    "with class and score. A label that would cover another is left out. AP: of the image alone, at IoU 0.5.",
     "segmentation": "Outlines of the true and the predicted mask of each structure, with its Dice in this image; "
     "the prompt is a box around the whole image.",
 }
@@ -159,7 +164,8 @@ def _draw(
     images: Mapping[tuple[str, str], Pixels],
     panels: Mapping[tuple[str, str], _Panel],
 ) -> Drawing:
-    task, rows = table.header.task, list(choice.runs)
+    task = table.header.task
+    rows = [*([_TRUTH_ALONE] if task == "detection" else []), *choice.runs]
     columns = max(2, len(rows))
     side = _WIDTH / columns
     room = ConstrainedLayoutEngine(h_pad=0.11, hspace=0, w_pad=0.04, wspace=0)  # inches: a line of text
@@ -170,9 +176,10 @@ def _draw(
         for j, axes in enumerate(grid[i]):
             axes.set_axis_off()
             if j < len(rows):
-                at = rows[j], image.name
-                _draw_panel(axes, images[at], panels[at], side)
-                title = wrapped(rows[j], 30, 2) if i == 0 else ""
+                alone = rows[j] == _TRUTH_ALONE
+                at = next(iter(choice.runs)) if alone else rows[j], image.name
+                _draw_panel(axes, images[at], panels[at], side, alone=alone)
+                title = wrapped("truth" if alone else rows[j], 30 if columns < 5 else 22, 2) if i == 0 else ""
                 axes.set_title(title, fontsize=8)
         name = image.name if len(image.name) <= _NAME else f"{image.name[:_NAME]}…"
         line = f"{image.rank}: {name} (mean {quality} {image.quality:.2f})"
@@ -186,7 +193,7 @@ def _draw(
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
     title = f"Predictions beside the truth on {dataset_name(table, choice.dataset)}, seed {choice.seed}"
     figure.suptitle(wrapped(title, 90, 2), fontsize=9.5, color="#222222")
-    left_out = len(table.header.rows) - len(rows)
+    left_out = len(table.header.rows) - len(choice.runs)
     omitted = f"Left out: {left_out} row{'s' * (left_out != 1)}." if left_out else ""
     drawing = render(figure, ("pictures", number), title, _alt(title, choice, panels, quality), omitted)
     return replace(drawing, caption=_CAPTIONS[task])
@@ -208,16 +215,18 @@ def _in_words(panel: _Panel) -> str:
     return ", ".join(labels) or "nothing"
 
 
-def _draw_panel(axes: Axes, pixels: Pixels, panel: _Panel, side: float) -> None:
+def _draw_panel(axes: Axes, pixels: Pixels, panel: _Panel, side: float, *, alone: bool) -> None:
+    """`alone`: the true boxes with their classes, and no prediction."""
     shown = _reduced(pixels)
     axes.imshow(shown if shown.shape[2] == 3 else shown[:, :, 0], cmap="gray", vmin=0, vmax=255, extent=(0, 1, 1, 0))
+    labels = _Labels(axes, side)
     if isinstance(panel.truth, _Boxes) and isinstance(panel.predicted, _Boxes):
-        labels = _Labels(axes, side)
-        _draw_boxes(labels, panel.predicted, PREDICTION, "--", below=False)
-        _draw_boxes(labels, panel.truth, TRUTH, "-", below=True)
+        _draw_boxes(labels, panel.truth, TRUTH, "-", named=alone)
+        if not alone:
+            _draw_boxes(labels, panel.predicted, PREDICTION, "--", named=True)
     elif not isinstance(panel.truth, _Boxes) and not isinstance(panel.predicted, _Boxes):
         for truth, predicted, label in zip(panel.truth, panel.predicted, panel.labels, strict=True):
-            _draw_outlines(axes, truth, predicted, label)
+            _draw_outlines(labels, truth, predicted, label)
     axes.set_xlim(0, 1)
     axes.set_ylim(1, 0)
 
@@ -232,41 +241,50 @@ class _Labels:
         self._line = 1.5 * _LABEL["fontsize"] / 72 / side  # height of a line, as shares of the side
         self._taken: list[tuple[float, float, float, float]] = []
 
-    def write(self, x: float, y: float, label: str, colour: str) -> None:
-        """Write with the upper left corner at (x, y), shifted into the panel, unless that would cover a label."""
-        width = self._letter * len(label)
+    def write_above(self, x: float, y: float, label: str, colour: str) -> None:
+        """Write with the lower left corner at (x, y), shifted into the panel, unless that would cover a label."""
+        self._write(x, y - self._line, label, colour)
+
+    def write_near(self, x: float, y: float, label: str, colour: str) -> None:
+        """Write with the middle at (x, y), or as few lines above or below as leave every label free."""
+        left, top = x - self._letter * len(label) / 2 - _PAD, y - self._line / 2
+        lines = sorted(range(-_LINES, _LINES + 1), key=abs)
+        any(self._write(left, top + line * self._line, label, colour, centred=True) for line in lines)
+
+    def _write(self, x: float, y: float, label: str, colour: str, *, centred: bool = False) -> bool:
+        """Write with the upper left corner at (x, y); False where that would cover a label."""
+        width = self._letter * len(label) + 2 * _PAD
         x, y = min(max(x, 0.0), max(0.0, 1 - width)), min(max(y, 0.0), 1 - self._line)
         at = x, y, x + width, y + self._line
-        if all(at[2] <= o[0] or o[2] <= at[0] or at[3] <= o[1] or o[3] <= at[1] for o in self._taken):
+        free = all(at[2] <= o[0] or o[2] <= at[0] or at[3] <= o[1] or o[3] <= at[1] for o in self._taken)
+        if free:
             self._taken.append(at)
-            self.axes.text(x + 0.01, y + self._line / 2, label, color=colour, va="center", clip_on=True, **_LABEL)
-
-    def write_above(self, x: float, y: float, label: str, colour: str) -> None:
-        """Write with the lower left corner at (x, y)."""
-        self.write(x, y - self._line, label, colour)
+            at_x, ha = (x + width / 2, "center") if centred else (x + _PAD, "left")
+            self.axes.text(at_x, y + self._line / 2, label, color=colour, va="center", ha=ha, clip_on=True, **_LABEL)
+        return free
 
 
-def _draw_boxes(labels: _Labels, boxes: _Boxes, colour: str, style: str, *, below: bool) -> None:
-    """Labels of predictions stand above their box, those of the truth below: they seldom meet."""
+def _draw_boxes(labels: _Labels, boxes: _Boxes, colour: str, style: str, *, named: bool) -> None:
+    """Boxes, with their labels above them if they are to be named."""
     for (left, top, right, bottom), label in zip(boxes.corners.tolist(), boxes.labels, strict=True):
-        edge: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 1.4, "linestyle": style}
+        edge: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 1.2, "linestyle": style}
         labels.axes.add_patch(Rectangle((left, top), right - left, bottom - top, **edge))
-        if below:
-            labels.write(left, bottom, label, colour)
-        else:
+        if named:
             labels.write_above(left, top, label, colour)
 
 
-def _draw_outlines(axes: Axes, truth: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_], label: str) -> None:
+def _draw_outlines(labels: _Labels, truth: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_], label: str) -> None:
     for mask, colour, style in ((truth, TRUTH, "-"), (predicted, PREDICTION, "--")):
         small = mask[:: _stride(len(mask)), :: _stride(len(mask))].astype(np.float64)
         if small.any() and not small.all():
             centres = (np.arange(len(small)) + 0.5) / len(small)
-            axes.contour(centres, centres, small, levels=[0.5], colors=[colour], linewidths=1.3, linestyles=[style])
+            labels.axes.contour(
+                centres, centres, small, levels=[0.5], colors=[colour], linewidths=1.3, linestyles=[style]
+            )
     seen = truth if truth.any() else predicted
     rows, columns = np.nonzero(seen) if seen.any() else (np.array([0.5]), np.array([0.5]))
     x, y = float(np.mean(columns)) / len(seen), float(np.mean(rows)) / len(seen)
-    axes.text(x, y, label, color=PREDICTION, ha="center", va="center", clip_on=True, **_LABEL)
+    labels.write_near(x, y, label, PREDICTION)
 
 
 def _reduced(pixels: Pixels) -> Pixels:

@@ -164,7 +164,7 @@ def _context(study: Computed) -> dict[str, object]:
         "readings": readings,
         "more_readings": max(0, len(table.comparisons) - _MOST_READINGS),
         "patients": layout.patient_table(table, study.noise) if study.noise else None,
-        "patient_notes": wording.patient_notes(study.noise),
+        "patient_notes": wording.patient_notes(study.noise, table.header.main_metric),
         "class_differences": layout.class_difference_tables(table, study.noise),
         "beside": study.beside,
         "beside_table": layout.beside_table(table, study.beside) if study.beside else None,

@@ -274,13 +274,29 @@ def macro_replicates(
     if codes.shape != (len(y),) or not defined.size:
         raise ValueError(f"{codes.size} groups and {len(y)} images, {defined.size} classes with both values")
     replicates, incomplete = [], 0
-    for counts in _draw_groups(codes, rng, draws):
+    for counts in draw_groups(codes, rng, draws):
         aucs = np.array([[_weighted_auc(y[:, c], model[:, c], counts) for c in defined] for model in s])
         undefined = np.isnan(aucs)
         incomplete += int(undefined.any(axis=(0, 1)).sum())
         n = (~undefined).sum(axis=1)
         replicates.append(np.where(undefined, 0.0, aucs).sum(axis=1) / np.where(n, n, np.nan))
     return np.concatenate(replicates, axis=1), incomplete
+
+
+def draw_groups(codes: npt.NDArray[np.intp], rng: np.random.Generator, draws: int) -> Iterator[npt.NDArray[np.int32]]:
+    """How often each image is drawn, (N, d) a chunk: G groups with replacement, then all images of each.
+
+    Args:
+        codes: (N,) number of each image's group, 0 … G − 1.
+        rng: the generator; draws: their number over all chunks.
+    """
+    n_groups = int(codes.max()) + 1
+    chunk = max(1, _CHUNK // len(codes))
+    for start in range(0, draws, chunk):
+        size = min(chunk, draws - start)
+        drawn = rng.integers(0, n_groups, size=(size, n_groups))
+        flat = np.bincount((drawn + np.arange(size)[:, None] * n_groups).ravel(), minlength=size * n_groups)
+        yield np.ascontiguousarray(flat.reshape(size, n_groups).T[codes], dtype=np.int32)
 
 
 def bootstrap_macro_auc(
@@ -364,17 +380,6 @@ def _covariance(x: Floats) -> Floats:
     centred = x - x.mean(axis=1, keepdims=True)
     covariance: Floats = centred @ centred.T / (n - 1)
     return covariance
-
-
-def _draw_groups(codes: npt.NDArray[np.intp], rng: np.random.Generator, draws: int) -> Iterator[npt.NDArray[np.int32]]:
-    """How often each image is drawn, (N, d) a chunk: G groups with replacement, then all images of each."""
-    n_groups = int(codes.max()) + 1
-    chunk = max(1, _CHUNK // len(codes))
-    for start in range(0, draws, chunk):
-        size = min(chunk, draws - start)
-        drawn = rng.integers(0, n_groups, size=(size, n_groups))
-        flat = np.bincount((drawn + np.arange(size)[:, None] * n_groups).ravel(), minlength=size * n_groups)
-        yield np.ascontiguousarray(flat.reshape(size, n_groups).T[codes], dtype=np.int32)
 
 
 def _weighted_auc(labels: npt.NDArray[np.int8], scores: Floats, counts: npt.NDArray[np.int32]) -> Floats:

@@ -12,6 +12,7 @@ from analysis.statistics import ALPHA, detectable_dz, half_width_in_std, smalles
 from analysis.tables import AbsentCell, Comparison, StudyTable
 
 _NAMED = 30  # absent cells spelled out under a table; the report and cells.csv hold them all
+FEW_GROUPS = 10
 
 
 def table_notes(table: StudyTable) -> list[str]:
@@ -37,20 +38,29 @@ def data_notes(table: StudyTable) -> list[str]:
     return class_notes(table) + list(table.header.notes)
 
 
-def patient_notes(noise: Sequence[PatientNoise]) -> list[str]:
-    """How the intervals over test patients were made."""
+def patient_notes(noise: Sequence[PatientNoise], metric: str) -> list[str]:
+    """How the intervals over test patients were made, for a main metric by its key."""
     if not noise:
         return []
+    of_class = (
+        "DeLong's intervals by class take images as independent. Neither includes"
+        if metric == "macro_auc"
+        else "Intervals by class are of the same draws. None includes"
+    )
     notes = [
         "Percentile bootstrap over whole groups (patients or lesions), the same draws for all rows; a difference is "
-        "the mean over the seeds of the pairs. DeLong's intervals by class take images as independent. Neither "
-        "includes the noise of training."
+        f"the mean over the seeds of the pairs. {of_class} the noise of training."
     ]
+    fewest = min(n.groups for n in noise)
+    if fewest < FEW_GROUPS:
+        notes.append(
+            f"{fewest} groups are too few for such an interval to hold what it promises: it is likely to be too narrow."
+        )
     incomplete = max(n.macro.incomplete for n in noise)
     if incomplete:
         notes.append(
-            f"In up to {incomplete} of {max(n.draws for n in noise)} draws some class had one value only; the macro of "
-            "such a draw is over the other classes."
+            f"In up to {incomplete} of {max(n.draws for n in noise)} draws some class was undefined; the mean of such "
+            "a draw is over the other classes."
         )
     return notes
 

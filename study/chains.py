@@ -30,6 +30,7 @@ from trainables.settings import ONLY_IN_TASK, READING, DatasetSettings, Settings
 from trainables.strategy import Phase, phase, total_epochs
 from trainables.task_kind import ModelError, ModelFacts, TaskKind
 from trainables.tasks import TASKS
+from trainables.views import VIEWS
 
 ROOT_KEY = "root"
 TASK_GROUPS = {group for group, names in ONLY_IN_TASK if not names}
@@ -85,6 +86,7 @@ class Course:
         observer: how the row looks at its trajectories.
         ground: digest of what holds for a whole trajectory, apart from the seed.
         cache_identity: digest of what the encoder's activations depend on.
+        views: in how many views training shows an image.
     """
 
     material: Material
@@ -93,6 +95,7 @@ class Course:
     observer: Observer
     ground: str
     cache_identity: str
+    views: int = 1
     _units: dict[frozenset[int], tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -238,7 +241,7 @@ def materials_of(study: Study, storage: Path, download: bool) -> dict[tuple[str,
 def _material(settings: Settings, storage: Path, download: bool) -> Material:
     data, splits = settings.dataset, storage / "splits"
     kind = TASKS[settings.task]
-    home = data.model_copy(update={"tested": "home"})
+    home = data.model_copy(update={"tested": "home", "flips": "none"})  # neither is read from a table
     index = _index(home.model_dump_json(), splits, kind.labels_learnt)
     away = _away(data.model_dump_json(), splits) if data.tested == "away" else None
     classes = kind.classes(settings, index)
@@ -277,6 +280,7 @@ def course_of(settings: Settings, material: Material, compute: Compute) -> Cours
         observer=Observer.of(settings.ema, settings.stopping, material.observed_at),
         ground=_ground(settings, material, compute),
         cache_identity=_cache_identity(settings, material, compute),
+        views=len(VIEWS[settings.dataset.flips]),
     )
 
 
@@ -296,7 +300,7 @@ def _ground(settings: Settings, material: Material, compute: Compute) -> str:
     """Digest of what holds for the whole trajectory, apart from the seed."""
     s = settings
     return _ground_digest(
-        s.dataset.model_dump_json(exclude={"root", "test_on", "tested", *READING}),
+        s.dataset.model_dump_json(exclude={"root", "test_on", "tested", "cache_gb", *READING}),
         s.model.model_dump_json(exclude={"backbone", "mean", "std", "weights", "small", "own_size"}),
         s.optimiser.model_dump_json(include={"batch_size", "weight_decay", "clip_norm"}),
         s.model_dump_json(include=TASK_GROUPS),
@@ -353,6 +357,7 @@ def _cache_identity(settings: Settings, material: Material, compute: Compute) ->
         *_encoder(settings, material.model),
         data.image_size,
         data.fit,
+        data.flips,
         compute,
     )
 

@@ -6,9 +6,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -27,7 +28,7 @@ def claimed(folder: Path, study: str, command: str) -> Iterator[None]:
     Raises:
         StudyError: another driver runs the study there; at once, with host, process, start and command.
     """
-    lock, note = FileLock(folder / f"{study}.lock", timeout=0), folder / f"{study}.json"
+    lock, note = FileLock(lock_file(folder, study), timeout=0), folder / f"{study}.json"
     try:
         lock.acquire()
     except Timeout:
@@ -40,6 +41,11 @@ def claimed(folder: Path, study: str, command: str) -> Iterator[None]:
         lock.release()
 
 
+def lock_file(folder: Path, study: str) -> Path:
+    """The file that is locked."""
+    return folder / f"{study}.lock"
+
+
 def _write_note(note: Path, command: str) -> None:
     facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "command": command}
     partial = note.with_name(f".{note.name}.{os.getpid()}")
@@ -50,8 +56,14 @@ def _write_note(note: Path, command: str) -> None:
 def _holder(note: Path) -> str:
     """Who it is, and what to do; a holder that has only just begun may not have said yet."""
     try:
-        facts = json.loads(note.read_text(encoding="utf-8"))
+        return held_by(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError):
+        return held_by({})
+
+
+def held_by(facts: Mapping[str, Any]) -> str:
+    """What a second driver is told of the first, by what that one noted of itself."""
+    if "since" not in facts:
         return ", by a process that has just begun: wait for it, or give another --storage"
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))
     return (

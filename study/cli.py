@@ -31,10 +31,12 @@ from study.options import (
     refuse_credentials,
     require_free_port,
     require_ledger,
-    storage_folder,
+    storage_address,
     tracking_address,
 )
+from study.places import Address, AwayError
 from study.running import FAILED, UI_PORT, Launch, print_plan, report_at, run_study
+from study.sharing import reach
 
 if TYPE_CHECKING:
     from analysis.schema import StudyHeader
@@ -75,7 +77,8 @@ Overriding = Annotated[
     list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="override any key by dotted path")
 ]
 Storage = Annotated[
-    str | None, typer.Option(metavar="DIR", help="folder of results; default: outputs, or outputs/smoke")
+    str | None,
+    typer.Option(metavar="DIR|URI", help="folder, or s3://BUCKET/PREFIX; default: outputs, or outputs/smoke"),
 ]
 Tracking = Annotated[str | None, typer.Option(metavar="URI", help="MLflow; default: sqlite file in the storage")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="tracebacks and the output of libraries")]
@@ -120,19 +123,20 @@ def run(
     overrides = said.value(Overrides({}, {}), lambda: read_overrides(override, seeds, backbone))
     no_roots: dict[str, str] = {}
     roots = said.value(no_roots, lambda: read_data_roots(data_root))
-    folder = said.value(Path(), lambda: storage_folder(storage, smoke))
+    place = said.value(Address(Path()), lambda: storage_address(storage, smoke))
+    said.value(None, lambda: reach(place))
     said.value(None, lambda: check_timeout(timeout))
     if not plan:
         said.value(None, lambda: check_cluster(address, executor))
-        said.value(None, lambda: check_new_ledger(tracking_address(tracking_uri, folder)))
+        said.value(None, lambda: check_new_ledger(tracking_address(tracking_uri, place.folder)))
     said.raise_if_any()
     choices = Choices(overrides.values, dataset, roots, smoke, overrides.typed)
     if (joint := find_joint(study)) is not None:
-        launch = Launch(folder, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
+        launch = Launch(place, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
         run_or_plan(joint, choices, launch, plan_only=plan)
         return
     declared = load_study(find_study(study), choices)
-    launch = Launch(folder, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
+    launch = Launch(place, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
     if declared.search is not None:
         from study.searching import SearchLaunch, print_search_plan, run_search
 
@@ -253,11 +257,15 @@ def report(
     from analysis.records import load
     from analysis.report import terminal_table, write_report
     from study.pictures import kept_images
+    from study.sharing import bring, share_study
 
     records = load(at.address, at.study)
     _refuse_search(records.header)
-    with report_at(at.report, f"python study/launch.py report {at.study} --storage {at.folder}") as place:
-        paths = write_report(records, place, kept_images(at.folder, at.study))
+    again = f"python study/launch.py report {at.study} --storage {at.storage.shown}"
+    with report_at(at.report, again) as place:
+        bring(at.storage, f"{at.study}/pictures")
+        paths = write_report(records, place, kept_images(at.storage.folder, at.study))
+        share_study(at.storage, at.study)
     console = Console()
     console.print(terminal_table(records))
     console.print(f"report: {paths.html}", highlight=False, soft_wrap=True)
@@ -279,10 +287,12 @@ def verify(
     at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from analysis.report import verify as drifts_of
+    from study.sharing import written_report
 
     records = load(at.address, at.study)
     _refuse_search(records.header)
-    drifts = drifts_of(records, at.report)
+    with written_report(at.storage, at.study) as written:
+        drifts = drifts_of(records, written)
     for drift in drifts:
         print(drift)
     if drifts:
@@ -298,7 +308,7 @@ def ui(
     port: Annotated[int, typer.Option(help="port on loopback")] = UI_PORT,
 ) -> None:
     """Open the MLflow UI over the ledger, on loopback."""
-    uri = tracking_address(tracking_uri, storage_folder(storage, smoke))
+    uri = tracking_address(tracking_uri, storage_address(storage, smoke).folder)
     require_ledger(uri)
     if uri.startswith("http"):
         print(f"the ledger is served at {uri}")
@@ -321,7 +331,7 @@ def main() -> None:
         raise SystemExit(INTERRUPTED) from None
     except StudyError as error:
         _refuse(error.problems)
-    except StudyHaltedError as error:
+    except (StudyHaltedError, AwayError) as error:
         _refuse([str(error)], FAILED)
     except (ValueError, RuntimeError) as error:
         if type(error).__name__ not in ("DataError", "BackboneError", "LedgerError"):
@@ -355,13 +365,13 @@ class LedgerPlace(NamedTuple):
     """A study in a ledger, and where its outputs lie."""
 
     study: str
-    folder: Path
+    storage: Address
     address: str
 
     @property
     def report(self) -> Path:
         """Folder of tables and report."""
-        return self.folder / self.study / "report"
+        return self.storage.folder / self.study / "report"
 
 
 def _refuse_search(header: StudyHeader) -> None:
@@ -377,7 +387,7 @@ def _refuse_search(header: StudyHeader) -> None:
 
 def _ledger_of(study: str, storage: str | None, tracking_uri: str | None, smoke: bool) -> LedgerPlace:
     """Where a study's ledger is; refused before anything heavy is imported if it is not there."""
-    folder = storage_folder(storage, smoke)
-    address = tracking_address(tracking_uri, folder)
+    place = storage_address(storage, smoke)
+    address = tracking_address(tracking_uri, place.folder)
     require_ledger(address)
-    return LedgerPlace(ledger_study(study), folder, address)
+    return LedgerPlace(ledger_study(study), place, address)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +14,21 @@ import numpy as np
 from pydantic import ValidationError
 
 from study.documents import StudyError
-from trainables.data.adapter import Refused
-from trainables.data.index import SPLITS, Index
-from trainables.data.registry import DATASETS, find, leaks_of, place, read_boxes, read_table, split_table, unmeasurable
+from trainables.data.boxes import Boxes
+from trainables.data.index import SPLITS, Index, Refused
+from trainables.data.masks import Masks
+from trainables.data.registry import (
+    DATASETS,
+    find,
+    leaks_of,
+    place,
+    read_boxes,
+    read_masks,
+    read_table,
+    split_table,
+    unmeasurable,
+)
+from trainables.data.shared_labels import is_finding, means_no_finding
 from trainables.data.splits import Leak
 from trainables.settings import DatasetSettings
 
@@ -113,8 +125,8 @@ def check_dataset(
     boxes = read_boxes(settings)
     refused = dict.fromkeys((*table.refused, *(() if boxes is None else boxes.refused)))
     problem = unmeasurable(index, given_test=table.official is not None)
-    warnings = [*table.warnings, *([problem] if problem is not None else [])]
-    looked = _Looked((), (), (), ()) if tables_only else _look(settings, index, seen)
+    warnings = [*table.warnings, *_conflicts(index), *([problem] if problem is not None else [])]
+    looked = _NOT_LOOKED if tables_only else _look(settings, index, boxes, seen)
     return Check(
         dataset=index.dataset,
         group_kind=index.group_kind,
@@ -126,7 +138,7 @@ def check_dataset(
         unreadable=looked.unreadable,
         refused=(*refused, *looked.wrong),
         duplicates=looked.duplicates,
-        warnings=(*warnings, *_harmless(looked.duplicates)),
+        warnings=(*warnings, *_harmless(looked.duplicates), *looked.oddities),
     )
 
 
@@ -141,24 +153,67 @@ def _settings(given: dict[str, Any]) -> DatasetSettings:
 
 @dataclass(frozen=True)
 class _Looked:
-    """What the image files say."""
+    """What the files of images and masks say."""
 
-    missing: tuple[str, ...]
-    unreadable: tuple[Refused, ...]
-    wrong: tuple[Refused, ...]
-    duplicates: tuple[Duplicates, ...]
+    missing: tuple[str, ...] = ()
+    unreadable: tuple[Refused, ...] = ()
+    wrong: tuple[Refused, ...] = ()
+    duplicates: tuple[Duplicates, ...] = ()
+    oddities: tuple[str, ...] = ()
 
 
-def _look(settings: DatasetSettings, index: Index, seen: Callable[[int], None]) -> _Looked:
-    from trainables.data.survey import survey_images
+_NOT_LOOKED = _Looked()
 
+
+def _look(settings: DatasetSettings, index: Index, boxes: Boxes | None, seen: Callable[[int], None]) -> _Looked:
+    from trainables.data.survey import survey_boxes, survey_images, survey_masks
+
+    workers = os.cpu_count() or 1
     with TemporaryDirectory() as folder:
         paths = find(index, place(settings, Path(folder)))
-        survey = survey_images(index, paths, os.cpu_count() or 1, lambda: seen(len(index)))
-    missing = tuple(name for name, path in zip(index.names.tolist(), paths, strict=True) if path is None)
+        survey = survey_images(index, paths, workers, lambda: seen(len(index)))
+        masks = read_masks(settings)
+        of_masks = [] if masks is None else survey_masks(index, masks, survey.sizes, workers)
+    of_boxes = [] if boxes is None else survey_boxes(index, boxes, survey.sizes)
     return _Looked(
-        missing, survey.unreadable, survey.wrong, tuple(_duplicates(index, rows) for rows in survey.duplicates)
+        missing=tuple(name for name, path in zip(index.names.tolist(), paths, strict=True) if path is None),
+        unreadable=survey.unreadable,
+        wrong=(*survey.wrong, *of_boxes, *of_masks),
+        duplicates=tuple(_duplicates(index, rows) for rows in survey.duplicates),
+        oddities=(*_kinds_of_dicom(survey.claimed), *_left_out(masks)),
     )
+
+
+def _left_out(masks: Masks | None) -> tuple[str, ...]:
+    """Masks that a study would leave out."""
+    if masks is None or not masks.left_out:
+        return ()
+    image, why = next(iter(masks.left_out.items()))
+    return (f"the masks of {len(masks.left_out)} images are left out, the first are those of {image}: {why}",)
+
+
+def _kinds_of_dicom(claimed: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
+    """Where nothing is known of what the images should be, DICOM files that say they are of several kinds."""
+    if len(claimed) < 2:
+        return ()
+    kinds = sorted(claimed.items(), key=lambda kind: (-kind[1], kind[0]))
+    told = ", ".join(f"{count} {modality or 'untold'} of {part or 'untold'}" for (modality, part), count in kinds)
+    return (f"DICOM files of several modalities or body parts: {told}",)
+
+
+def _conflicts(index: Index) -> list[str]:
+    """Images that have no finding and one."""
+    none = [column for column, name in enumerate(index.classes) if means_no_finding(name)]
+    found = [column for column, name in enumerate(index.classes) if is_finding(name)]
+    warnings = []
+    for column in none:
+        rows = np.flatnonzero((index.labels[:, column] == 1) & (index.labels[:, found] == 1).any(1))
+        if len(rows):
+            warnings.append(
+                f"{len(rows)} images are labelled {index.classes[column]!r} beside a finding, the first is "
+                f"{index.names[rows[0]]}"
+            )
+    return warnings
 
 
 def _duplicates(index: Index, rows: tuple[int, ...]) -> Duplicates:

@@ -143,8 +143,8 @@ def epochs_of(chain: Chain, history: Iterable[EpochRecord]) -> list[Epoch]:
     return epochs
 
 
-def finished_outcome(chain: Chain, result: CellResult, store: Store, noop_of: str | None) -> CellOutcome:
-    """The outcome of a cell that has a result."""
+def finished_outcome(chain: Chain, result: CellResult, store: Store | None, noop_of: str | None) -> CellOutcome:
+    """The outcome of a cell that has a result; with its predictions where the store is given."""
     return CellOutcome(
         status="FINISHED",
         end_ms=result.history[-1].time_ms,
@@ -155,7 +155,7 @@ def finished_outcome(chain: Chain, result: CellResult, store: Store, noop_of: st
         noop_of=noop_of,
         undefined_classes=result.undefined,
         effective={"phases": _effective_phases(result.history), "provenance": result.provenance},
-        predictions=store.predictions(chain.leaf, chain.observer.name),
+        predictions=None if store is None else store.predictions(chain.leaf, chain.observer.name),
     )
 
 

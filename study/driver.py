@@ -6,8 +6,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from rich.console import Console
 from analysis.schema import StudyHeader, Units
 from analysis.tracking import LedgerError
 from study.chains import Chain, the_task
-from study.claim import claimed
+from study.claim import claimed, lock_file
 from study.declare import (
     cell_headers,
     counted_units,
@@ -34,12 +35,13 @@ from study.interrupts import Halt, StudyHaltedError, answered_signals
 from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
+from study.places import Address, AwayError
 from study.plan import Cache, Plan
 from study.preparing import prepare_away, prepare_data, require_disk
 from study.progress import Progress
 from study.schedule import Node, Schedule, pending_schedule
-from study.store import Store
-from trainables.cache_files import cache_name, record_of, release
+from study.store import GO_ON, Store
+from trainables.cache_files import cache_name, release
 from trainables.results import CellResult, EpochRecord
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ SCRATCH_BYTES = 200_000_000  # what Ray's logs and sockets need at the least
 class RunOptions:
     """How to run a plan: where results, ledger and workers are."""
 
-    storage: Path
+    storage: Address | Path
     command: str
     tracking_uri: str | None = None
     address: str | None = None
@@ -84,7 +86,7 @@ def run_plan(
     """
     store = Store(options.storage, caches=plan.sharing)
     halt = Halt()
-    with claimed(store.locks, plan.study.name, options.command), answered_signals():
+    with _claimed_everywhere(store, plan.study.name, options.command, halt), answered_signals():
         try:
             return _run(plan, options, store, console, halt, begin or Session)
         except KeyboardInterrupt:
@@ -93,17 +95,34 @@ def run_plan(
             raise _halted(halt.reason, store) or StudyHaltedError(str(halt.reason)) from halt.reason
 
 
+@contextmanager
+def _claimed_everywhere(store: Store, study: str, command: str, halt: Halt) -> Iterator[None]:
+    """Hold a study on this machine, and in an object store against all machines."""
+    with claimed(store.locks, study, command), ExitStack() as everywhere:
+        if store.address.uri is not None:
+            from study.lease import leased
+            from study.object_store import ObjectStore
+
+            assert isinstance(store.place, ObjectStore)
+            everywhere.enter_context(leased(store.place, lock_file(store.locks, study), study, command, halt))
+        yield
+
+
 def _run(
     plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt, begin: Callable[..., Session]
 ) -> Launched:
     store.sweep()
     # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
     named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
-    if (pending := pending_schedule(plan, store.root)).nodes:
+    if (pending := pending_schedule(plan, store.address)).nodes:
         require_disk(plan, store)
         _executor(plan, options, store).check(pending, store)  # also before hours of decoding
+    store.bring_splits()
     contents = prepare_data(plan, store, console)
     prepare_away(plan, store, console)
+    store.share_splits()
+    if named is None and store.address.uri is not None:
+        console.print(_own_ledger(store), highlight=False, markup=False, soft_wrap=True)
     ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
     say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
     session = begin(plan, store, ledger, contents, options.command, say=say, halt=halt)
@@ -113,7 +132,7 @@ def _run(
         if schedule.nodes:
             with Progress(console, schedule, the_task(plan.study).main_metric) as progress:
                 session.watch(schedule, progress)
-                _executor(plan, options, store).run(schedule, store, session)
+                _executor(plan, options, store, session.known).run(schedule, store, session)
         header, complete = session.close()
     except Exception as error:
         if (halted := _halted(error, store)) is None:
@@ -130,7 +149,17 @@ def _halted(reason: Exception, store: Store) -> StudyHaltedError | None:
         store.require_room()
     except StudyError as full:
         return StudyHaltedError(str(full))
+    if isinstance(reason, AwayError):  # and back by now
+        return StudyHaltedError(f"{reason}, and {GO_ON}")
     return StudyHaltedError(str(reason)) if isinstance(reason, LedgerError) else None
+
+
+def _own_ledger(store: Store) -> str:
+    """Where the ledger of a storage on a URI is, as long as nobody names one: no database lies in an object store."""
+    return (
+        f"the ledger is on this machine, {store.root / 'mlflow.db'}: name a server by --tracking-uri for one that "
+        f"others see; anywhere else the same command makes it anew from the results in {store.address.shown}"
+    )
 
 
 class Session:
@@ -163,7 +192,7 @@ class Session:
         self._provenance = provenance(plan, command)
         self._results: dict[str, tuple[Chain, CellResult]] = {}
         self._failed: dict[str, tuple[Chain, str]] = {}
-        self._cache_users: dict[tuple[str, int], set[str]] = {}
+        self._cache_readers: dict[tuple[str, int], set[Node]] = {}  # identity and position → trials that will read it
         self._progress: Progress | None = None
         self._schedule: Schedule | None = None
 
@@ -171,6 +200,11 @@ class Session:
     def results(self) -> dict[str, CellResult]:
         """Cell key → result, of the cells that have one."""
         return {key: result for key, (_, result) in self._results.items()}
+
+    @property
+    def known(self) -> Sequence[tuple[Chain, CellResult]]:
+        """Cells that have a result, with it."""
+        return list(self._results.values())
 
     def open(self) -> None:
         """Declare rows and cells, and write what earlier launches finished."""
@@ -183,10 +217,11 @@ class Session:
         """Trials of the cells that have no result yet."""
         pending = [chain for chain in self._plan.chains if chain.key not in self._results]
         self._schedule = Schedule(self._plan, pending, self._has_result, self._store.has_state)
-        running = {key for node in self._schedule.nodes for key in node.request.keys}
         for cache in self._plan.caches:
             if not cache.pooled:
-                self._cache_users[cache.identity, cache.position] = running.intersection(cache.users)
+                users = set(cache.users)
+                readers = {n for n in self._schedule.nodes if not users.isdisjoint(n.request.keys[n.request.first :])}
+                self._cache_readers[cache.identity, cache.position] = readers
         return self._schedule
 
     def watch(self, schedule: Schedule, progress: Progress) -> None:
@@ -242,8 +277,10 @@ class Session:
         """Flag rows without effect, count units, aggregate rows."""
         results = list(self._results.values())
         for key, earlier in no_ops(results).items():
-            chain, result = self._results[key]
-            self._ledger.finish(key, finished_outcome(chain, result, self._store, earlier))
+            chain, _ = self._results[key]
+            result = self._store.load_result(chain.leaf, chain.observer.name)
+            if result is not None:  # else it has been damaged since, which is said, and the next launch makes it again
+                self._ledger.finish(key, finished_outcome(chain, result, self._store, earlier))
         units = counted_units(self._plan, results, self._cache_units(results))
         header = self._header(units)
         self._ledger.close(header)
@@ -279,7 +316,7 @@ class Session:
         result = self._store.load_result(chain.leaf, chain.observer.name)
         if result is None:
             return False
-        self._results[chain.key] = (chain, result)
+        self._results[chain.key] = (chain, _kept(result))
 
         def told() -> tuple[Sequence[Epoch], CellOutcome]:
             return epochs_of(chain, result.history), self._outcome(chain, result)
@@ -296,14 +333,14 @@ class Session:
 
     def _release_caches(self) -> None:
         """Delete token caches that no waiting or running trial reads any more."""
-        assert self._schedule is not None
-        open_nodes = [n for n in self._schedule.nodes if n.status in ("waiting", "running")]
-        needed = {key for node in open_nodes for key in node.request.keys[node.request.first :]}
         for cache in self._plan.caches:
-            users = self._cache_users.get((cache.identity, cache.position))
-            if users is not None and not users & needed:
+            at = cache.identity, cache.position
+            if (readers := self._cache_readers.get(at)) is None:
+                continue
+            readers -= {node for node in readers if node.status not in ("waiting", "running")}
+            if not readers:
                 release(self._cache_folder(cache))
-                del self._cache_users[cache.identity, cache.position]
+                del self._cache_readers[at]
 
     def _cache_folder(self, cache: Cache) -> Path:
         dtype = self._plan.study.execution.cache_dtype
@@ -312,10 +349,17 @@ class Session:
 
     def _cache_units(self, results: Sequence[tuple[Chain, CellResult]]) -> dict[str, int]:
         names = {record.cache for _, result in results for record in result.history if record.cache is not None}
-        return {name: int(record_of(self._store.activations() / name).get("units", 0)) for name in names}
+        return self._store.cache_units(names)
 
 
-def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
+def _kept(result: CellResult) -> CellResult:
+    """What is needed of a result to the study's end: not what its epochs measured, which is in store and ledger."""
+    return replace(result, history=[replace(r, metrics={}, effective={}, events=[]) for r in result.history])
+
+
+def _executor(
+    plan: Plan, options: RunOptions, store: Store, known: Sequence[tuple[Chain, CellResult]] = ()
+) -> Executor:
     if options.executor == "local":
         return LocalExecutor(plan.study.execution.max_failures, options.timeout)
     if options.address is None:
@@ -331,6 +375,7 @@ def _executor(plan: Plan, options: RunOptions, store: Store) -> Executor:
         address=options.address,
         verbose=options.verbose,
         timeout=options.timeout,
+        known=known,
     )
 
 

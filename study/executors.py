@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import traceback
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,7 @@ from study.watchdog import HungError, time_limit
 from study.worker_faults import Fault
 
 if TYPE_CHECKING:
+    from study.places import Address
     from study.store import Store
     from trainables.requests import TrialRequest
     from trainables.results import EpochRecord
@@ -79,6 +81,11 @@ class Attempts:
         else:
             times = f" (given up after {self._lost[node]} attempts)" if self._lost[node] > 1 else ""
             self._fail(node, fault.reason + times)
+
+    def once_more(self, node: Node, reason: str) -> None:
+        """Start a trial again that nothing happened to but that it was given too little; its attempts do not count."""
+        self._schedule.again(node)
+        self._listener.retried(node, reason)
 
     def _fail(self, node: Node, reason: str) -> None:
         self._schedule.failed(node, reason)
@@ -166,21 +173,30 @@ class Worker:
         """Epochs completed."""
         return 0 if self._trial is None else self._trial.epoch
 
+    @property
+    def gpu_memory(self) -> tuple[int, int] | None:
+        """See `trainables.trial.Trial.gpu_memory`; None before there is a trial."""
+        return None if self._trial is None else self._trial.gpu_memory
+
     def step(self) -> EpochRecord | None:
         """Set the trial up, at the deepest state that the store holds, or train its next epoch.
 
         Raises:
             TrainingError: what another try would meet again: data, encoder, settings, memory.
+            MemoryRefusedError: it is memory.
         """
         from trainables.data.index import DataError
         from trainables.device import memory_left, memory_refused, release_memory
         from trainables.model_files import BackboneError
-        from trainables.results import TrainingError
+        from trainables.results import MemoryRefusedError, TrainingError
 
         assert self._request is not None, "a worker takes a trial before it works"
         try:
             if self._trial is not None:
-                return self._trial.step()
+                record = self._trial.step()
+                if self._trial.done:
+                    self._store.note_caches()
+                return record
             self._trial = self._begin(self._request)
             return None
         except (BackboneError, DataError) as error:
@@ -192,22 +208,30 @@ class Worker:
             refused += f"; {memory_left(self._request.compute)} ({_first_line(error)})"
         self._trial = None
         release_memory()  # not before here: while it was handled, the error held the frames that hold the batch
-        raise TrainingError(refused)
+        raise MemoryRefusedError(refused)
 
     def _begin(self, request: TrialRequest) -> Trial:
         from trainables.device import release_memory
+        from trainables.results import TrainingError
         from trainables.trial import Trial
 
         release_memory()  # of the trial before
         task, provenance = self._bench.task(request.settings)
+        if request.index and provenance["index_digest"] != request.index:
+            raise TrainingError(
+                f"{request.settings.dataset.name}: its table or split on {socket.gethostname()} is not the one that "
+                "the study was planned with; give all nodes the same files"
+            )
         return Trial(request, task, self._store, provenance, partial(self._bench.away, request.settings))
 
 
-def worker_at(root: Path, *, caches: bool) -> Worker:
-    """A worker over a storage folder, for another process."""
+def worker_at(storage: Address, *, caches: bool) -> Worker:
+    """A worker over a storage, for another process on this machine or another one."""
     from study.store import Store
 
-    return Worker(Store(root, caches=caches))
+    store = Store(storage.here(), caches=caches)
+    store.bring_splits()
+    return Worker(store)
 
 
 def placed(request: TrialRequest) -> TrialRequest:

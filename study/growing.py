@@ -47,9 +47,9 @@ class GrowingSchedule(Schedule):
         self._heads: dict[str, Node] = {}
         self._complete = False
 
-    def next(self) -> Node | None:
+    def next(self, place: str | None = None) -> Node | None:
         """The ready trial with the longest remaining path, of a new trajectory if need be."""
-        while (node := super().next()) is None and not self._complete and self._has_few_waiting():
+        while (node := super().next(place)) is None and not self._complete and self._has_few_waiting():
             self._complete = not self._grow()
         return node
 
@@ -57,8 +57,9 @@ class GrowingSchedule(Schedule):
         """A trial has ended well: at a rung its trajectory may end with it."""
         super().done(node)
         if any(child.status == "waiting" for child in node.children) and not self._goes_on(node):
+            node.pruned = True
             for child in node.children:
-                _skip(child)
+                self._skip(child)
 
     @property
     def finished(self) -> bool:
@@ -98,11 +99,12 @@ class GrowingSchedule(Schedule):
                 parent = self._stage(plan, users, parent, first, last)
                 added.append(parent)
             first = last
-        self.nodes += added
         for node in reversed(added):
             _measure(node)
-        if added[0].parent is not None:
-            _measure(added[0].parent)
+        self._enter(added)
+        if (head := added[0].parent) is not None:
+            _measure(head)
+            self._offer(head)  # at its new rank
 
     def _stage(self, plan: Plan, users: Sequence[Chain], parent: Node | None, first: int, last: int) -> Node:
         node = make_node(plan, users[0], users, parent, first, last)
@@ -121,18 +123,17 @@ class GrowingSchedule(Schedule):
         if node is None or node.status == "failed":
             node = make_node(plan, chain, users, None, 0, epochs)
             self._heads[key] = node
-            self.nodes.append(node)
+            self._enter([node])
         else:
             node.chains += tuple(users)
         return node
 
+    def _skip(self, node: Node) -> None:
+        if node.status == "waiting":
+            self._mark(node, "skipped")
+        for child in node.children:
+            self._skip(child)
+
 
 def _measure(node: Node) -> None:
     node.path = node.units + max((child.path for child in node.children), default=0)
-
-
-def _skip(node: Node) -> None:
-    if node.status == "waiting":
-        node.status = "skipped"
-    for child in node.children:
-        _skip(child)

@@ -27,6 +27,10 @@ class StudyHaltedError(RuntimeError):
     """A study that had begun cannot go on: storage or ledger fail. Nothing that was finished is lost."""
 
 
+class ClusterLostError(StudyHaltedError):
+    """The cluster that a study runs on is gone; the same command goes on once it is there again."""
+
+
 class Halt:
     """Stops the study's thread, from any thread, because of something that it cannot go on with."""
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from study.documents import StudyError
 from study.joint import JointStudy, find_joint, load_joint
-from study.options import require_ledger, storage_folder
+from study.options import require_ledger, storage_address
 from study.running import (
     FAILED,
     Launch,
@@ -72,7 +72,7 @@ def print_joint_plan(joint: JointStudy, launch: Launch) -> None:
     from study.schedule import pending_schedule
 
     plans = _plans(joint, launch, download=False)
-    pending = [pending_schedule(plan, launch.folder).pending_units for plan in plans]
+    pending = [pending_schedule(plan, launch.storage).pending_units for plan in plans]
     if launch.as_json:
         studies = [plan.as_json() | {"pending_units": units} for plan, units in zip(plans, pending, strict=True)]
         print(json.dumps({"study": joint.name, "cells": joint.cells, "studies": studies}, indent=2))
@@ -97,8 +97,7 @@ def place_of(
     path = find_joint(study)
     if path is None:
         return None
-    folder = storage_folder(storage, smoke)
-    launch = Launch(folder, tracking_uri)
+    launch = Launch(storage_address(storage, smoke), tracking_uri)
     require_ledger(launch.ledger)
     return load_joint(path), launch
 
@@ -121,12 +120,15 @@ def report_joint(joint: JointStudy, launch: Launch) -> None:
     """Write each study's report again, and that of all of them."""
     from analysis.report import write_report
     from study.pictures import kept_images
+    from study.sharing import bring, share_study
 
     for records in records_of(joint, launch.ledger):
         name = records.header.study
         again = f"python study/launch.py report {name} {launch.ledger_options}"
         with report_at(launch.folder / name / "report", again) as place:
+            bring(launch.storage, f"{name}/pictures")
             write_report(records, place, kept_images(launch.folder, name))
+            share_study(launch.storage, name)
     write_joint(joint, launch, Console())
 
 
@@ -138,14 +140,15 @@ def verify_joint_study(joint: JointStudy, launch: Launch) -> int:
     """
     from analysis.joint import verify_joint
     from analysis.report import verify
+    from study.sharing import written_report
 
     studies = records_of(joint, launch.ledger)
-    drifts = [
-        f"{records.header.study}: {drift}"
-        for records in studies
-        for drift in verify(records, launch.folder / records.header.study / "report")
-    ]
-    drifts += [f"{joint.name}: {drift}" for drift in verify_joint(studies, launch.folder / joint.name / "report")]
+    drifts = []
+    for records in studies:
+        with written_report(launch.storage, records.header.study) as written:
+            drifts += [f"{records.header.study}: {drift}" for drift in verify(records, written)]
+    with written_report(launch.storage, joint.name) as written:
+        drifts += [f"{joint.name}: {drift}" for drift in verify_joint(studies, written)]
     for drift in drifts:
         print(drift)
     if drifts:
@@ -158,6 +161,7 @@ def write_joint(joint: JointStudy, launch: Launch, console: Console) -> Path:
     """Write the report of all studies from the ledger, and show their table; its page."""
     from analysis.joint import JointHeader, joint_terminal_table, write_joint_report
     from study.pictures import kept_images
+    from study.sharing import share_study
 
     studies = records_of(joint, launch.ledger)
     header = JointHeader(joint.name, joint.title, joint.description, _command(studies))
@@ -165,6 +169,7 @@ def write_joint(joint: JointStudy, launch: Launch, console: Console) -> Path:
     with report_at(launch.folder / joint.name / "report", again) as place:
         sources = [kept_images(launch.folder, records.header.study) for records in studies]
         page = write_joint_report(header, studies, place, sources)
+        share_study(launch.storage, joint.name)
     console.print(joint_terminal_table(header, studies))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return page
@@ -218,7 +223,7 @@ def _prepare(plans: list[Plan], launch: Launch, console: Console) -> list[Plan]:
     from study.preparing import prepare_data
     from study.store import Store
 
-    store = Store(launch.folder, caches=launch.sharing)
+    store = Store(launch.storage, caches=launch.sharing)
     problems: list[str] = []
     for plan in plans:
         try:

@@ -481,15 +481,17 @@ class Ledger:
         record.params |= wanted
 
     def _write_input(self, cell: CellHeader) -> None:
-        """The cell's data set as an MLflow data set input."""
+        """The cell's data set and its split as MLflow data set inputs."""
         from mlflow.entities import Dataset, DatasetInput
 
-        record, digest = self._records[cell.key], cell.dataset_digest[:DIGEST_LENGTH]
-        if (cell.dataset, digest) not in record.inputs:
-            source = json.dumps({"uri": cell.dataset_source})
-            inputs = [DatasetInput(Dataset(cell.dataset, digest, "local", source))]
+        record, source = self._records[cell.key], json.dumps({"uri": cell.dataset_source})
+        digests = {cell.dataset: cell.dataset_digest, f"{cell.dataset} split": cell.split_digest}
+        wanted = [(name, digest[:DIGEST_LENGTH]) for name, digest in digests.items()]
+        new = [named for named in wanted if named not in record.inputs]
+        if new:
+            inputs = [DatasetInput(Dataset(name, digest, "local", source)) for name, digest in new]
             self._persist("logging the data set", self._client.log_inputs, record.run_id, inputs)
-            record.inputs.add((cell.dataset, digest))
+            record.inputs.update(new)
 
     def _write_latest(self, key: str, values: Mapping[str, float], time_ms: int) -> None:
         """Make these the latest values of metrics without epochs (step 0); equal ones are left alone."""

@@ -14,6 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from study.places import Address
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Wanted:
     """What the driver sees.
 
     Attributes:
-        storage: folder of results; `note`: name of a file in it, `secret`: what the file says.
+        storage: folder of results, or of the machine's own part where they lie in the object store `uri`; `note`: name
+            of a file in it or there, `secret`: what the file says.
         data: folders of data sets.
         encoders: folders or hub ids.
     """
@@ -31,6 +36,7 @@ class Wanted:
     secret: str
     data: tuple[str, ...]
     encoders: tuple[str, ...]
+    uri: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,20 +59,24 @@ class Seen:
 
 
 @contextmanager
-def wanted(storage: Path, data: Iterable[str], encoders: Iterable[str]) -> Iterator[Wanted]:
+def wanted(storage: Address | Path, data: Iterable[str], encoders: Iterable[str]) -> Iterator[Wanted]:
     """Leave a note in the storage while nodes are asked for it."""
-    secret = secrets.token_hex(16)
-    with tempfile.NamedTemporaryFile(dir=storage, prefix=".note-") as note:
-        note.write(secret.encode())
-        note.flush()
-        yield Wanted(str(storage), Path(note.name).name, secret, tuple(data), tuple(encoders))
+    from study.places import Address, place_of
+
+    address, secret = Address.of(storage), secrets.token_hex(16)
+    place, note = place_of(address), f"partial/note-{secrets.token_hex(8)}"
+    place.put(note, secret.encode())
+    try:
+        yield Wanted(str(address.folder), note, secret, tuple(data), tuple(encoders), address.uri)
+    finally:
+        place.remove(note)
 
 
 def look(for_what: Wanted) -> Seen:
     """What this process sees of it."""
     sources = _sources()
     return Seen(
-        storage=_storage_fault(for_what),
+        storage=_storage_fault(for_what) if for_what.uri is None else _store_fault(for_what, sources),
         data={folder: _entries(Path(folder)) for folder in for_what.data},
         encoders={} if sources is None else {name: _weights(name) for name in for_what.encoders},
         sources=sources,
@@ -88,6 +98,30 @@ def _storage_fault(for_what: Wanted) -> str | None:
     except OSError as error:
         return f"cannot be used there ({error.strerror})"
     return None
+
+
+def _store_fault(for_what: Wanted, sources: str | None) -> str | None:
+    """What the node cannot do with an object store; needs the project's code, which is missed elsewhere."""
+    if sources is None:
+        return None
+    from study.documents import StudyError
+    from study.places import Address
+    from study.store import Store
+
+    try:
+        if Address.at(str(for_what.uri)).uri != for_what.uri:
+            return "cannot be named there"
+        place = Store(Address(Path(for_what.storage), for_what.uri).here()).place
+        found = place.get(for_what.note)
+    except StudyError as error:
+        return error.problems[0].removeprefix(f"--storage {for_what.uri}: ")
+    except OSError as error:
+        return str(error.strerror or error)
+    return (
+        None
+        if found == for_what.secret.encode()
+        else "is another store there; give all nodes the same AWS_ENDPOINT_URL"
+    )
 
 
 def _entries(folder: Path) -> int | None:
@@ -129,9 +163,8 @@ def differences(node: str, for_what: Wanted, here: Seen, there: Seen) -> list[st
     """What keeps a node from doing what the driver's machine would do, each with its remedy."""
     problems = []
     if there.storage is not None:
-        problems.append(
-            f"{node}: --storage {for_what.storage} {there.storage}; give a folder of a file system that all nodes share"
-        )
+        told = f"{for_what.storage} {there.storage}; give a folder of a file system that all nodes share"
+        problems.append(f"{node}: --storage {told if for_what.uri is None else f'{for_what.uri}: {there.storage}'}")
     for folder, seen in there.data.items():
         if seen != here.data[folder]:
             what = "is not there" if seen is None else f"has {seen} entries there, here {here.data[folder]}"

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from study.documents import StudyError, parse_override
+from study.places import LOCAL, Address
 
 DEFAULT_STORAGE = Path("outputs")
 LONGEST_TIMEOUT = 30 * 86_400.0  # seconds; what is longer waits for ever, which is the default
@@ -139,29 +140,40 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
 # -- storage ---------------------------------------------------------------------------------------------------------
 
 
-def storage_folder(given: str | None, smoke: bool) -> Path:
-    """The folder of results.
+def storage_address(given: str | None, smoke: bool) -> Address:
+    """Where results are.
 
     Raises:
-        StudyError: it is an address, no folder, or cannot be written; nothing is made yet.
+        StudyError: it is no folder that can be written, and no URI of an object store; nothing is made yet.
     """
+    if given is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+        address = Address.at(given)
+        if fault := _folder_fault(address.folder):
+            raise StudyError([f"--storage {given}: its folder on this machine, {address.folder}, {fault} by {LOCAL}"])
+        return address
     if given is None:
         folder = DEFAULT_STORAGE / "smoke" if smoke else DEFAULT_STORAGE
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
-        raise StudyError([f"--storage {given}: expected a folder; mount what is no folder, and name where"])
     else:
         folder = Path(os.path.expanduser(given))  # noqa: PTH111
+    if fault := _folder_fault(folder):
+        shown = str(folder) if len(str(folder)) < 200 else f"{str(folder)[:100]}…"
+        raise StudyError([f"--storage {shown}: {fault}"])
+    return Address(folder)
+
+
+def _folder_fault(folder: Path) -> str | None:
+    """What keeps a folder from being written, or from being made."""
     there = folder
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     if any(len(os.fsencode(part)) > 255 for part in folder.parts):
-        raise StudyError([f"--storage {str(folder)[:100]}…: a name in it is too long; give a writable folder"])
+        return "a name in it is too long; give a writable folder"
     if not there.is_dir():
-        raise StudyError([f"--storage {folder}: cannot be made: {there} is no folder; give a writable folder"])
+        return f"cannot be made: {there} is no folder; give a writable folder"
     if not os.access(there, os.W_OK | os.X_OK):
         reason = "is on a read-only file system" if os.statvfs(there).f_flag & os.ST_RDONLY else "may not be written to"
-        raise StudyError([f"--storage {folder}: cannot be written: {there} {reason}; give a writable folder"])
-    return folder
+        return f"cannot be written: {there} {reason}; give a writable folder"
+    return None
 
 
 # -- ledger ----------------------------------------------------------------------------------------------------------

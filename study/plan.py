@@ -90,6 +90,11 @@ class Plan:
     children: dict[str, tuple[str, ...]] = field(repr=False, default_factory=dict)
 
     @property
+    def cache_bytes(self) -> int:
+        """Of `disk_bytes` those that any machine can make again: decoded images and caches."""
+        return _image_bytes(self.chains) + sum(c.bytes for c in self.caches)
+
+    @property
     def shared_stages(self) -> int:
         """Stages that serve more than one cell."""
         return sum(stage.cells > 1 for stage in self.stages)
@@ -231,13 +236,14 @@ def _units(chains: Sequence[Chain], stages: Sequence[Stage], caches: Sequence[Ca
 
 
 def _floor(chains: Sequence[Chain]) -> int:
-    """Every distinct epoch once from perfect caches, and one pass through the deepest prefix a data set."""
+    """Every distinct epoch once from perfect caches, and one pass through the deepest prefix a data set and view."""
     epochs: dict[str, int] = {}
     passes: dict[str, int] = {}
     for chain in chains:
         course, material = chain.course, chain.material
         epochs.update(zip(chain.keys, course.units(frozenset(course.frozen_positions)), strict=True))
-        once = material.train_images * material.costs.forward(IMAGES, max(course.frozen_positions))
+        seen = min(course.views, len(chain.keys))  # an epoch shows each image in one view
+        once = seen * material.train_images * material.costs.forward(IMAGES, max(course.frozen_positions))
         passes[chain.cache_identity] = max(passes.get(chain.cache_identity, 0), once)
     return sum(epochs.values()) + sum(passes.values())
 
@@ -258,10 +264,11 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
     for (identity, position), users in readers.items():
         chain = next(iter(users.values()))
         wanted = _cache(chain, identity, position, tuple(users), execution)
-        if wanted.pooled:
+        views = chain.course.views  # a cache is a pass a view, and spares one an epoch
+        if wanted.pooled and len(users) >= views:
             pooled.append(wanted)
-        elif execution.token_cache != "never" and len(users) > 1:
-            tokens.append(((len(users) - 1) * wanted.build_units, wanted))
+        elif not wanted.pooled and execution.token_cache != "never" and len(users) > views:
+            tokens.append(((len(users) - views) * wanted.build_units // views, wanted))
     kept = list(pooled)
     budget -= sum(c.bytes for c in pooled)
     for _, wanted in sorted(tokens, key=lambda pair: (-pair[0], pair[1].identity, pair[1].position)):
@@ -274,9 +281,10 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
 def _cache(chain: Chain, identity: str, position: int, users: tuple[str, ...], execution: Execution) -> Cache:
     costs, material = chain.material.costs, chain.material
     pooled = costs.pooled and position == costs.features
-    images = sum(material.images.values()) if pooled else material.images["train"] + material.images["val"]
+    shown = chain.course.views * material.train_images
+    images = shown + material.images["val"] + (material.images["test"] if pooled else 0)
     size = 4 if execution.cache_dtype == "float32" else 2
-    build = material.train_images * costs.forward(IMAGES, position)
+    build = shown * costs.forward(IMAGES, position)
     return Cache(identity, position, build, images * costs.values(position) * size, users, pooled)
 
 
@@ -312,13 +320,6 @@ def _disk_bytes(
     chains: Sequence[Chain], caches: Sequence[Cache], children: dict[str, tuple[str, ...]], storage: Path
 ) -> int:
     """Decoded images, caches, states kept at branches, one running state a cell at most, evaluated weights."""
-    from trainables.data.images import cache_bytes
-
-    images = {
-        (index.digest(), c.cell.settings.dataset.image_size): cache_bytes(index, c.cell.settings.dataset.image_size)
-        for c in chains
-        for index in _looked_at(c)
-    }
     states: dict[str, int] = {}
     weights = 0
     slots = os.cpu_count() or 1
@@ -331,7 +332,20 @@ def _disk_bytes(
             if len(children.get(key, ())) > 1:
                 states[key] = 3 * _trained_bytes(chain, now)
     largest = sum(sorted(running, reverse=True)[:slots])
-    return sum(images.values()) + sum(c.bytes for c in caches) + sum(states.values()) + weights + largest
+    again = _image_bytes(chains) + sum(c.bytes for c in caches)
+    return again + sum(states.values()) + weights + largest
+
+
+def _image_bytes(chains: Sequence[Chain]) -> int:
+    """Decoded images, each data set's once a size."""
+    from trainables.data.images import cache_bytes
+
+    images = {
+        (index.digest(), c.cell.settings.dataset.image_size): cache_bytes(index, c.cell.settings.dataset.image_size)
+        for c in chains
+        for index in _looked_at(c)
+    }
+    return sum(images.values())
 
 
 def _trained_bytes(chain: Chain, now: Phase) -> int:

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from study.chains import digest
 from study.documents import StudyError
+from study.places import LOCAL, NO_ROOM, AwayError
 from study.plan import Plan
-from study.store import NO_ROOM, Store
+from study.store import Store
 from trainables.data.images import Told
 from trainables.data.index import DataError
 from trainables.data.opened import Folders, open_away, open_data, refuse_images_in_both
@@ -34,15 +35,18 @@ def require_disk(plan: Plan, store: Store) -> None:
         StudyError: with what is wanted and what is free.
     """
     free = shutil.disk_usage(store.root).free
-    if plan.disk_bytes <= free:
+    needed = plan.disk_bytes if store.address.uri is None else plan.cache_bytes
+    if needed <= free:
         return
-    wanted = plan.disk_bytes - _written(store.root)
+    wanted = needed - _written(store.root)
     if wanted > free:
+        what, where = "images, caches, states and weights", f"--storage {store.root}"
+        if store.address.uri is not None:
+            what, where = "images and caches", f"{store.root} (see {LOCAL})"
         raise StudyError(
             [
-                f"--storage {store.root}: the study takes {wanted / 1e9:,.1f} GB for images, caches, states and "
-                f"weights, {free / 1e9:,.1f} GB are free; make room, choose another --storage, or a smaller "
-                "dataset.image_size"
+                f"{where}: the study takes {wanted / 1e9:,.1f} GB for {what}, {free / 1e9:,.1f} GB are free; make "
+                "room, choose another --storage, or a smaller dataset.image_size"
             ]
         )
 
@@ -128,6 +132,8 @@ def _open_beside(data: DatasetSettings, store: Store, name: str, console: Consol
 
 
 def _unusable(name: str, store: Store, error: OSError) -> str:
+    if isinstance(error, AwayError):
+        return str(error)
     remedy = "make room and run the same command again" if error.errno in NO_ROOM else "check the folder"
     return f"preparing {name}: {error.filename or store.root}: {error.strerror}; {remedy}"
 

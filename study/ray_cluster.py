@@ -1,18 +1,21 @@
 """A Ray cluster to run trials on: reach it or start it, count its slots, and ask its nodes what they see.
 
-With `ray_executor` and `ray_dashboard` the only file that imports ray.
+With `ray_executor`, `ray_head` and `ray_dashboard` the only files that import ray.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from study import node_survey
 from study.documents import StudyError
 from study.executors import placed
-from study.interrupts import kept_signals
+from study.interrupts import ClusterLostError, kept_signals
 from study.ray_dashboard import job_of
 from study.ray_environment import address_fault, sent_along, token_fault
+from study.ray_head import THIS_MACHINE, leave, watched
 from study.schedule import Schedule
 from study.spec import Study
 from study.store import Store
@@ -38,6 +42,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 METRICS_TARGETS = "prom_metrics_service_discovery.json"  # Ray writes it into its temporary folder
 ANSWER_SECONDS = 6.0  # for a head node to answer; Ray itself would ask for minutes
 SURVEY_SECONDS = 120.0  # for all nodes together: they may have to start a worker and to fetch the encoder
+NODES_SECONDS = 10.0  # between two looks at which nodes there are
+
+Resources = Mapping[str, float]
 
 
 @contextmanager
@@ -51,6 +58,7 @@ def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[Non
 
     Raises:
         StudyError: it cannot be reached or started; says why within seconds.
+        ClusterLostError: its head node went away meanwhile; this process must end.
     """
     environment = {"PYTHONPATH": str(PROJECT)} | sent_along(os.environ)
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": verbose}
@@ -62,44 +70,96 @@ def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[Non
         options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
     else:
         options |= {"address": _answering(address)}
+    where, lost = THIS_MACHINE if address is None else f"--address {address}", False
     try:
         with _quiet(verbose):
             with _on_loopback() if address is None else nullcontext():
-                _connect(options, "this machine" if address is None else f"--address {address}")
+                _connect(options, where)
             if address is None:
                 log.info("metrics for Prometheus: targets in %s/%s", options["_temp_dir"], METRICS_TARGETS)
-            yield
+            with watched(where):
+                yield
+    except ClusterLostError:
+        lost = True
+        raise
     finally:
-        ray.shutdown()
+        leave() if lost else ray.shutdown()
         if address is None and not verbose:
             shutil.rmtree(options["_temp_dir"], ignore_errors=True)
 
 
-def slots(resources: Mapping[str, float]) -> int:
+class Room:
+    """How many trials are given out at a time: as many as fit on the nodes, which come and go; or as many as declared.
+
+    What is given out beyond the room that there is waits in Ray, where an autoscaler sees it.
+    """
+
+    def __init__(self, autoscale_to: int | None) -> None:
+        """See `study.spec.Execution`."""
+        self._least = autoscale_to or 1
+        self._nodes: list[dict[str, Any]] = []
+        self._looked = -math.inf
+
+    def takes_another(self, given: Iterable[Resources]) -> bool:
+        """Whether another trial may be given out beside those that are.
+
+        Each takes the share of the cluster that leaves room for as many of its kind as there are slots for them.
+        """
+        if time.monotonic() - self._looked > NODES_SECONDS:
+            self.look()
+        return sum(Fraction(1, self.slots(asked)) for asked in given) < 1
+
+    def overflows(self, given: Iterable[Resources]) -> bool:
+        """Whether some of the trials that are given out wait for a node that is to come."""
+        if self._least == 1:
+            return False
+        return sum(Fraction(1, max(1, self._fit(asked))) for asked in given) > 1
+
+    def slots(self, asked: Resources) -> int:
+        """How many trials that ask for so much are given out at a time; at least one, which then waits for a node."""
+        part = min(asked.get("GPU", 1.0), 1.0)
+        return max(self._fit(asked), int(self._least / part + 1e-9))
+
+    def _fit(self, asked: Resources) -> int:
+        return sum(_room(node, asked) for node in self._nodes)
+
+    def look(self) -> None:
+        """See which nodes there are now."""
+        self._nodes = ray.nodes()
+        self._looked = time.monotonic()
+
+    @property
+    def has_several_nodes(self) -> bool:
+        """Whether it matters to a trial where it runs."""
+        return len([n for n in self._nodes if n["Alive"] and n["Resources"].get("CPU")]) > 1
+
+
+def slots(resources: Resources) -> int:
     """How many trials fit on the cluster at once."""
     return sum(_room(node, resources) for node in ray.nodes())
 
 
-def require_slots(resources: Mapping[str, float]) -> int:
-    """How many trials fit on the cluster at once; what is missing is named instead of waited for.
+def require_slots(resources: Resources) -> None:
+    """Make sure that a trial fits on some node; what is missing is named instead of waited for.
 
     Raises:
-        StudyError: none.
+        StudyError: none does.
     """
-    if found := slots(resources):
-        return found
+    if slots(resources):
+        return
     have = ray.cluster_resources()
     asked = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
     total = ", ".join(f"{have.get(name, 0.0):g} {name}" for name in resources)
     raise StudyError(
         [
             f"execution: a trial asks for {asked}, no node of the cluster has that (in all: {total}); "
-            "set execution.cpus or execution.gpus, or add nodes"
+            "set execution.cpus or execution.gpus, or add nodes; if an autoscaler brings them, set "
+            "execution.autoscale_to"
         ]
     )
 
 
-def survey(schedule: Schedule, store: Store, resources: Mapping[str, float]) -> None:
+def survey(schedule: Schedule, store: Store, resources: Resources) -> None:
     """Ask every node that could run a trial what it sees; all that differs from here is said at once.
 
     Raises:
@@ -107,17 +167,21 @@ def survey(schedule: Schedule, store: Store, resources: Mapping[str, float]) -> 
     """
     settings = [placed(node.request).settings for node in schedule.nodes]
     data = dict.fromkeys(s.dataset.root for s in settings if s.dataset.root is not None)
+    away = [s.dataset.test_on for s in settings if s.dataset.test_on is not None]
+    data |= dict.fromkeys(other.root for other in away if other.root is not None)
     encoders = dict.fromkeys(s.model.backbone for s in settings)
     cloudpickle.register_pickle_by_value(node_survey)  # the project may be missing there
     ask = ray.remote(num_cpus=0, max_retries=0)(node_survey.look)
     faults: dict[str, list[str]] = {}
-    with node_survey.wanted(store.root, data, encoders) as wanted:
+    with node_survey.wanted(store.address, data, encoders) as wanted:
         asked = {}
         for node in ray.nodes():
             if _room(node, resources):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 named = ask.options(scheduling_strategy=there, name=f"{schedule.study.name}: survey of {_name(node)}")
                 asked[named.remote(wanted)] = node
+        if not asked:
+            return  # none yet: an autoscaler is to bring them
         here = node_survey.look(wanted)
         answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
         for answer in answered:
@@ -134,7 +198,6 @@ def survey(schedule: Schedule, store: Store, resources: Mapping[str, float]) -> 
     problems = [fault for node, found in faults.items() if node in left for fault in found]
     if problems:
         raise StudyError(problems)
-    require_slots(resources)
 
 
 def first_line(error: BaseException) -> str:
@@ -145,10 +208,16 @@ def first_line(error: BaseException) -> str:
 # -- small parts -----------------------------------------------------------------------------------------------------
 
 
-def _room(node: Mapping[str, Any], resources: Mapping[str, float]) -> int:
+def _room(node: Mapping[str, Any], resources: Resources) -> int:
+    """How many trials fit on a node. A part of a GPU is a part of one of them: two thirds fit once on each."""
     if not node["Alive"]:
         return 0
-    return min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in resources.items())
+    fit = []
+    for name, amount in resources.items():
+        has = node["Resources"].get(name, 0.0)
+        whole, part = (int(has), 1.0) if name == "GPU" and amount < 1 else (1, has)
+        fit.append(whole * int(part / amount + 1e-9))
+    return min(fit)
 
 
 def _name(node: Mapping[str, Any]) -> str:

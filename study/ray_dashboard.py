@@ -16,10 +16,10 @@ from ray.util.metrics import Counter, Gauge
 
 if TYPE_CHECKING:
     from study.executors import Listener
-    from study.schedule import Node, Schedule
+    from study.schedule import Node, Schedule, Status
     from trainables.results import EpochRecord
 
-STATUSES = ("waiting", "running", "done", "skipped", "failed")
+STATUSES: tuple[Status, ...] = ("waiting", "running", "done", "skipped", "failed")
 LONGEST = 500  # characters of a job's metadata: a search has as many rows as trials
 Study = Any  # study.spec.Study: this file takes three of its names and needs no more
 

@@ -1,8 +1,9 @@
 """Run a schedule through Ray Tune: a Searcher releases trials whose parent is done.
 
-With `ray_cluster` and `ray_dashboard` the only file that imports ray. Tune starts trials, gives them CPUs and GPUs, and
-keeps worker processes warm (`reuse_actors`). Which trials are ready, and which are started again because their worker
-died or hung, is decided here; what has been trained is known from our own store alone; Tune's restore is not used.
+With `ray_cluster`, `ray_head` and `ray_dashboard` the only files that import ray. Tune starts trials, gives them CPUs
+and GPUs, and keeps worker processes warm (`reuse_actors`). Which trials are ready, and which are started again because
+their worker died or hung, is decided here; what has been trained is known from our own store alone; Tune's restore is
+not used.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +23,16 @@ import ray
 from ray import cloudpickle, tune
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from study import worker_faults
+from study.chains import Chain
 from study.documents import StudyError
 from study.executors import Attempts, Listener, Worker, placed, worker_at
-from study.ray_cluster import cluster, first_line, require_slots, slots, survey
+from study.gpu_shares import GpuShares
+from study.places import Address
+from study.ray_cluster import NODES_SECONDS, Resources, Room, cluster, first_line, require_slots, slots, survey
 from study.ray_dashboard import Measured, named_tasks
 from study.schedule import Node, Schedule
 from study.spec import Execution
@@ -34,11 +40,12 @@ from study.store import Store
 from study.watchdog import Silence
 from study.worker_faults import Fault
 from trainables.requests import Compute
-from trainables.results import EpochRecord, TrainingError
+from trainables.results import CellResult, EpochRecord, MemoryRefusedError, TrainingError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-NODES_SECONDS = 10.0  # between two looks at whether a trial still fits on some node
+KEPT = ("done", "epoch", "time_total_s", "node_ip", "pid", "trial_id")  # of what Tune keeps of a trial that has ended
+UNBOUNDED = "100000"  # trials that Tune lets wait for room: the searcher gives out no more than there is
 
 
 class RayExecutor:
@@ -52,22 +59,29 @@ class RayExecutor:
         address: str | None,
         verbose: bool,
         timeout: float | None = None,
+        known: Iterable[tuple[Chain, CellResult]] = (),
     ) -> None:
-        """Give a trial the CPUs and GPUs of `execution`, and a step of it at most `timeout` seconds."""
+        """Give a trial the CPUs and GPUs of `execution`, and a step of it at most `timeout` seconds.
+
+        Args:
+            known: results that are there already: they tell what memory of a GPU trials take.
+        """
         self._execution = execution
         self._address = address
         self._verbose = verbose
         self._timeout = timeout
-        gpus = execution.gpus if execution.gpus is not None else (1.0 if compute.device == "cuda" else 0.0)
-        self._resources = {"CPU": float(execution.cpus)} | ({"GPU": float(gpus)} if gpus else {})
+        self._shares = GpuShares.declared(execution, compute)
+        self._shares.recall(known)
+        self._resources = resources_of(float(execution.cpus), self._shares.most)
 
     def check(self, schedule: Schedule, store: Store) -> None:
         """See `study.executors.Executor`: the cluster answers, has room for a trial, and its nodes see what we see."""
         if self._address is None:
             return
         with cluster(self._address, schedule.study, verbose=self._verbose):
-            require_slots(self._resources)
+            self._require_room()
             survey(schedule, store, self._resources)
+            self._require_room()  # nodes may have died meanwhile
 
     def run(self, schedule: Schedule, store: Store, listener: Listener) -> None:
         """See `study.executors.Executor`.
@@ -81,13 +95,16 @@ class RayExecutor:
             named_tasks(),
         ):
             listener = Measured(listener, schedule)
-            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(require_slots(self._resources))
+            self._require_room()
+            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = UNBOUNDED
             attempts = Attempts(schedule, listener, self._execution.max_failures)
-            searcher = StageSearcher(schedule, store, listener, self._resources, attempts)
+            room = Room(self._execution.autoscale_to if self._address is not None else None)
+            searcher = StageSearcher(schedule, store, listener, self._execution.cpus, self._shares, room, attempts)
             tuner = tune.Tuner(
                 TrialActor,
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
+                    scheduler=_Turns(searcher),
                     num_samples=-1,
                     reuse_actors=True,
                     max_concurrent_trials=None,
@@ -111,44 +128,94 @@ class RayExecutor:
         if not schedule.finished:
             raise StudyError(["Ray Tune ended before the study did; run the same command again to go on"])
 
+    def _require_room(self) -> None:
+        """Refuse what no node can hold, unless an autoscaler may bring one; there is none on this machine alone."""
+        if self._address is None or self._execution.autoscale_to is None:
+            require_slots(self._resources)
+
+
+def resources_of(cpus: float, gpus: float) -> dict[str, float]:
+    """What a trial asks Ray for."""
+    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+
 
 # -- the driver's side of Tune ---------------------------------------------------------------------------------------
 
 
 class StageSearcher(Searcher):
-    """Suggests the next ready trial, None while all of them wait for a parent, FINISHED at the end.
+    """Suggests the next ready trial, None while all of them wait for a parent or for room, FINISHED at the end.
+
+    A trial is given out when there is room for it and not before, so that it is the longest of all that are ready by
+    then; Tune starts at once what it is given, on the worker that has become free if there is one.
 
     Attributes:
         interruption: what the listener raised, if it did.
+        outcomes: trial → FINISHED, PRUNED (its trajectory was ended after it) or FAILED, until Tune has been told.
     """
 
     def __init__(
-        self, schedule: Schedule, store: Store, listener: Listener, resources: dict[str, float], attempts: Attempts
+        self,
+        schedule: Schedule,
+        store: Store,
+        listener: Listener,
+        cpus: float,
+        shares: GpuShares,
+        room: Room,
+        attempts: Attempts,
     ) -> None:
         super().__init__(metric="epoch", mode="max")
         self.interruption: BaseException | None = None
+        self.outcomes: dict[str, str] = {}
         self._schedule = schedule
         self._store = store
-        self._resources = resources
+        self._cpus = float(cpus)
+        self._shares = shares
+        self._room = room
         self._listener = listener
         self._attempts = attempts
         self._nodes: dict[str, Node] = {}
         self._doing: dict[str, str] = {}
+        self._asked: dict[str, Resources] = {}
+        self._begun: set[str] = set()  # trials that have a worker
+        self._free: str | None = None  # node of the worker that was freed last, and waits for another trial
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """See `ray.tune.search.Searcher`."""
-        node = self._tell(self._schedule.next)
+        if self._nodes and not self._may_give_out():
+            return None
+        place = self._free if self._room.has_several_nodes else None
+        node = self._tell(self._schedule.next, place)
         if node is None:
             return Searcher.FINISHED if self._schedule.finished else None
+        self._free = None
+        gpus = self._shares.of(node)
+        self._asked[trial_id] = resources = resources_of(self._cpus, gpus)
         self._nodes[trial_id], self._doing[trial_id] = node, "set-up"
         self._tell(self._listener.started, node)
         return {
             "name": node.name.replace("/", "-"),
-            "request": cloudpickle.dumps(placed(node.request)),
+            "request": Packed(cloudpickle.dumps(replace(placed(node.request), gpu_share=gpus or 1.0))),
             "storage": str(self._store.root),
+            "uri": self._store.address.uri or "",
             "caches": self._store.cache_folder() is not None,
-            "resources": self._resources,
+            "resources": resources,
         }
+
+    def _may_give_out(self) -> bool:
+        """Whether there is room; also none for small trials while a larger one waits, which they would keep waiting."""
+        waiting = [asked.get("GPU", 0.0) for trial, asked in self._asked.items() if trial not in self._begun]
+        if waiting and max(waiting) > min(asked.get("GPU", 0.0) for asked in self._asked.values()):
+            return False
+        return self._room.takes_another(self._asked.values())
+
+    @property
+    def waits_for_nodes(self) -> bool:
+        """Whether more was given out than fits on the nodes that there are."""
+        return self._room.overflows(self._asked.values())
+
+    def begun(self, trial_id: str) -> None:
+        """A trial has a worker."""
+        self._begun.add(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A step of a trial: its set-up or an epoch."""
@@ -161,27 +228,34 @@ class StageSearcher(Searcher):
         assert result is not None, "Tune completes a trial with its last result"
         node = self._nodes[trial_id]
         self._hear(node, trial_id, result)
-        del self._nodes[trial_id], self._doing[trial_id]
+        self._forget(trial_id)
+        self._free = self._free or result["node_ip"]  # Tune keeps one worker that has nothing to do, the first
         failure = result.get("failure")
-        if failure:
+        if failure and result.get("refused") and self._shares.refused(node):
+            self._tell(self._attempts.once_more, node, f"on a part of a GPU {failure}; it is given a whole one")
+            self.outcomes[trial_id] = "FAILED"
+        elif failure:
             self._tell(self._attempts.stopped, node, Fault(failure, again=False))
+            self.outcomes[trial_id] = "FAILED"
         else:
             self._schedule.done(node)
             self._tell(self._listener.finished, node)
+            self.outcomes[trial_id] = "PRUNED" if node.pruned else "FINISHED"
 
     def at(self, trial_id: str) -> tuple[Node, str]:
         """A running trial and what its worker is doing."""
         return self._nodes[trial_id], self._doing[trial_id]
 
-    @property
-    def running(self) -> int:
-        """Number of trials that were given out."""
-        return len(self._nodes)
-
     def lost(self, trial_id: str, fault: Fault) -> None:
         """A trial's worker is gone: start it again from its last saved epoch, or give it up."""
-        del self._doing[trial_id]
-        self._tell(self._attempts.stopped, self._nodes.pop(trial_id), fault)
+        node = self._nodes[trial_id]
+        self._forget(trial_id)
+        self._room.look()  # its node may be gone with it
+        self._tell(self._attempts.stopped, node, fault)
+
+    def _forget(self, trial_id: str) -> None:
+        self._begun.discard(trial_id)
+        del self._doing[trial_id], self._nodes[trial_id], self._asked[trial_id]
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes its searcher to disk for a restore that is never made; what is live here stays here."""
@@ -196,6 +270,8 @@ class StageSearcher(Searcher):
     def _hear(self, node: Node, trial_id: str, result: dict[str, Any]) -> None:
         """Pass an epoch on; it travels as JSON, because Tune flattens what searchers get to see."""
         self._doing[trial_id] = f"epoch {result['epoch'] + 1}"
+        self._schedule.placed(node, result["node_ip"])
+        self._shares.hear(node, result["epoch"], result.get("gpu_peak", 0), result.get("gpu_card", 0))
         if result.get("record"):
             self._tell(self._listener.epoch, node, EpochRecord(**json.loads(result["record"])))
 
@@ -205,6 +281,22 @@ class StageSearcher(Searcher):
         except BaseException as error:
             self.interruption = error
             raise
+
+
+class _Turns(FIFOScheduler):
+    """Which trial gets a worker that has become free: the new one, unless others wait for a node already.
+
+    Tune's own would give it to a trial whose worker is being started, and end that process: where trials are shorter
+    than a start, no second worker would ever be up.
+    """
+
+    def __init__(self, searcher: StageSearcher) -> None:
+        super().__init__()
+        self._searcher = searcher
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """See `ray.tune.schedulers.TrialScheduler`; None leaves it to Tune to start what is new."""
+        return super().choose_trial_to_run(tune_controller) if self._searcher.waits_for_nodes else None
 
 
 class _Watch(tune.Callback):
@@ -223,16 +315,27 @@ class _Watch(tune.Callback):
         self._timeout = timeout
         self._silence = Silence(math.inf if timeout is None else timeout)
         self._hung: dict[str, Fault] = {}
+        self._working: dict[str, Any] = {}  # Tune's trials that have a worker, by id
         self._looked = time.monotonic()
         self._deserted = False
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has got its worker."""
+        self._working[trial.trial_id] = trial
+        self._searcher.begun(trial.trial_id)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         """A trial has finished a step."""
         self._silence.heard(trial.trial_id)
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune knows TERMINATED alone: what became of a trial stands in its last result, as `outcome`."""
+        outcome = self._searcher.outcomes.pop(trial.trial_id)
+        self._let_go(trial, outcome)
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A turn of Tune's loop: end the workers of trials that have been silent for too long."""
-        working = {t.trial_id: t for t in trials if t.temporary_state.ray_actor is not None}
+        working = {name: t for name, t in self._working.items() if t.temporary_state.ray_actor is not None}
         for late in self._silence.turn(working):
             if late not in self._hung:
                 node, doing = self._searcher.at(late)
@@ -253,7 +356,18 @@ class _Watch(tune.Callback):
         """A worker died, or its code raised what is no `TrainingError`."""
         node, _ = self._searcher.at(trial.trial_id)
         fault = self._hung.pop(trial.trial_id, None) or self._fault(node, trial)
+        self._let_go(trial, "FAILED")
         self._searcher.lost(trial.trial_id, fault)
+
+    def _let_go(self, trial: Any, outcome: str) -> None:
+        """Tune keeps its trials to the end, with statistics of all that they told: nobody asks for them any more."""
+        self._working.pop(trial.trial_id, None)
+        trial.config["request"].forget()
+        told = trial.run_metadata
+        kept = {name: told.last_result[name] for name in KEPT if name in told.last_result}
+        told.last_result = {**kept, "outcome": outcome}
+        told.metric_analysis.clear()
+        told.metric_n_steps.clear()
 
     def _fault(self, node: Node, trial: Any) -> Fault:
         error = self._errors.pop(trial.trial_id)
@@ -313,6 +427,23 @@ def _as_actor_error(error: Exception) -> Exception:
 # -- the worker's side -----------------------------------------------------------------------------------------------
 
 
+class Packed:
+    """A pickled request. Tune copies all that it is given, and makes names of it: this one is shared, and short."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def forget(self) -> None:
+        """It has been answered."""
+        self.data = b""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self
+
+    def __str__(self) -> str:
+        return "request"
+
+
 class TrialActor(tune.Trainable):
     """A worker process; `reuse_actors` keeps it, its imports and its open data set for the next trial."""
 
@@ -341,16 +472,21 @@ class TrialActor(tune.Trainable):
         """Set the trial up, or train an epoch."""
         if self._worker is None:
             assert self._next is not None
-            self._worker = worker_at(Path(self._next["storage"]), caches=self._next["caches"])
+            storage = Address(Path(self._next["storage"]), self._next["uri"] or None)
+            self._worker = worker_at(storage, caches=self._next["caches"])
         if self._next is not None:
-            self._worker.take(cloudpickle.loads(self._next["request"]))
+            self._worker.take(cloudpickle.loads(self._next["request"].data))
             self._next = None
         try:
             record = self._worker.step()
         except TrainingError as error:
-            return {"epoch": self._worker.epoch, "done": True, "failure": str(error), "record": None}
+            refused = isinstance(error, MemoryRefusedError)
+            said = {"failure": str(error), "refused": refused, "record": None}
+            return {"epoch": self._worker.epoch, "done": True, **said}
         told = None if record is None else json.dumps(vars(record))
-        return {"epoch": self._worker.epoch, "done": self._worker.done, "record": told}
+        peak, card = self._worker.gpu_memory or (0, 0)
+        measured = {"gpu_peak": peak, "gpu_card": card}
+        return {"epoch": self._worker.epoch, "done": self._worker.done, "record": told, **measured}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """States are kept by our own store, at every epoch."""

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from analysis.credentials import without_credentials
 from study.documents import StudyError
-from study.interrupts import Interrupted, StudyHaltedError, answered_signals
+from study.interrupts import ClusterLostError, Interrupted, StudyHaltedError, answered_signals
 from study.options import tracking_address
+from study.places import Address, AwayError
 
 if TYPE_CHECKING:
     from study.chains import Chain
@@ -34,13 +35,13 @@ class Launch:
     """What the options of a run say.
 
     Attributes:
-        folder: of results.
-        tracking_uri: of the ledger; None: the file in the folder.
+        storage: of results.
+        tracking_uri: of the ledger; None: the file in the storage's folder on this machine.
         address: of a Ray cluster; None: this machine.
         timeout: seconds after which a stage counts as hung.
     """
 
-    folder: Path
+    storage: Address
     tracking_uri: str | None = None
     address: str | None = None
     executor: str = "ray"
@@ -48,6 +49,11 @@ class Launch:
     timeout: float | None = None
     as_json: bool = False
     verbose: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """On this machine: of results, or of what is not shared where they are on a URI."""
+        return self.storage.folder
 
     @property
     def ledger(self) -> str:
@@ -58,7 +64,7 @@ class Launch:
     def ledger_options(self) -> str:
         """The options with which other commands find the ledger and the report."""
         tracking = f" --tracking-uri {shlex.quote(self.tracking_uri)}" if self.tracking_uri else ""
-        return f"--storage {shlex.quote(str(self.folder))}{tracking}"
+        return f"--storage {shlex.quote(self.storage.shown)}{tracking}"
 
 
 def run_study(declared: Study, launch: Launch) -> int:
@@ -95,12 +101,17 @@ def this_command() -> str:
     return without_credentials("python study/launch.py " + shlex.join(sys.argv[1:]))
 
 
+def go_on(lost: ClusterLostError) -> str:
+    """What to say of a cluster that is gone, with the command for when it is back."""
+    return f"{lost}. To go on:\n  {this_command()}"
+
+
 def run_options(launch: Launch) -> RunOptions:
     """A launch in the driver's terms."""
     from study.driver import RunOptions
 
     return RunOptions(
-        launch.folder,
+        launch.storage,
         this_command(),
         tracking_uri=launch.tracking_uri,
         address=launch.address,
@@ -115,7 +126,7 @@ def print_plan(declared: Study, launch: Launch) -> None:
     from study.schedule import pending_schedule
 
     planned = planned_for(declared, launch, download=False)
-    pending = pending_schedule(planned, launch.folder).pending_units
+    pending = pending_schedule(planned, launch.storage).pending_units
     if launch.as_json:
         print(json.dumps(planned.as_json() | {"pending_units": pending}, indent=2))
         return
@@ -164,7 +175,11 @@ def _places(chain: Chain) -> list[tuple[str | None, Index]]:
 
 @contextmanager
 def prepared(launch: Launch, console: Console) -> Iterator[None]:
-    """Quiet the libraries; answer Ctrl-C and SIGTERM with the command that goes on, and the signal's exit status."""
+    """Quiet the libraries; answer Ctrl-C and SIGTERM with the command that goes on, and the signal's exit status.
+
+    Raises:
+        StudyHaltedError: the cluster is gone; with the command that goes on.
+    """
     _silence(launch.verbose)
     try:
         with answered_signals():
@@ -173,12 +188,15 @@ def prepared(launch: Launch, console: Console) -> Iterator[None]:
         console.print(f"\nstopped by {stopped}; nothing that was finished is lost. To go on:")
         console.print(f"  {this_command()}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(stopped.status) from None
+    except ClusterLostError as lost:
+        raise StudyHaltedError(go_on(lost)) from lost
 
 
 def _conclude(plan: Plan, launch: Launch, console: Console) -> None:
     from analysis.records import load
     from analysis.report import terminal_table, write_report
     from study.pictures import images_of
+    from study.sharing import share_study
 
     name = plan.study.name
     records = load(launch.ledger, name)
@@ -186,6 +204,7 @@ def _conclude(plan: Plan, launch: Launch, console: Console) -> None:
         launch.folder / name / "report", f"python study/launch.py report {name} {launch.ledger_options}"
     ) as at:
         paths = write_report(records, at, images_of(plan, launch.folder))
+        share_study(launch.storage, name)
     console.print(terminal_table(records))
     units = records.header.units
     saved = units.alone / units.shared if units.shared else 1.0
@@ -215,6 +234,10 @@ def report_at(place: Path, command: str) -> Iterator[Path]:
     """A report that cannot be written is one clear message: the results that it shows are safe."""
     try:
         yield place
+    except AwayError as error:
+        raise StudyHaltedError(
+            f"the report is in {place}, and cannot be copied to the storage: {error}; then `{command}`"
+        ) from error
     except OSError as error:
         raise StudyHaltedError(
             f"the report cannot be written: {error.filename or place}: {error.strerror}; every result is in the "
@@ -227,5 +250,5 @@ def _silence(verbose: bool) -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    for name in ("mlflow", "alembic", "ray", "transformers", "urllib3", "git"):
+    for name in ("mlflow", "alembic", "ray", "transformers", "urllib3", "git", "botocore", "aiobotocore"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)

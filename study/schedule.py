@@ -1,22 +1,32 @@
 """Which trial runs next: a tree of trials, released when their parent is done, longest remaining path first.
 
 Pure bookkeeping without threads or clocks; the in-process executor, the Ray Tune searcher and a simulator use it alike.
+Giving out a trial and hearing of its end take the logarithm of the number of ready trials.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import heapq
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from study.chains import Chain
 from study.plan import Plan
 from study.spec import Study
 from trainables.requests import CacheRequest, TrialRequest, Watch
 
+if TYPE_CHECKING:
+    from study.places import Address
+
 Status = Literal["waiting", "running", "done", "skipped", "failed"]
+
+# Where a place is known: how much shorter than the longest remaining path a trial's may be that is preferred for what
+# lies there already, and how many of them are looked at.
+NEARLY, LOOKED_AT = 0.05, 16
 
 
 @dataclass(eq=False)
@@ -26,7 +36,8 @@ class Node:
     Attributes:
         chains: pending cells at or below it.
         path: training units from its start to the end of its longest branch.
-        failures: times its worker died so far.
+        pruned: its trajectory was ended after it, at a rung of a search.
+        place: where it was trained last, if that is known.
     """
 
     request: TrialRequest
@@ -36,7 +47,9 @@ class Node:
     path: int = 0
     children: list[Node] = field(default_factory=list)
     status: Status = "waiting"
+    pruned: bool = False
     error: str | None = None
+    place: str | None = None
 
     @property
     def name(self) -> str:
@@ -55,45 +68,64 @@ class Schedule:
         has_state: Callable[[str], bool],
     ) -> None:
         """Build the tree; trials whose final state is there and that no observer watches yet are done already."""
-        self.nodes = _nodes(plan, pending)
+        self.nodes: list[Node] = []
         self._plan = plan
         self._has_result = has_result
         self._has_state = has_state
-        for node in self.nodes:
+        self._counts: Counter[Status] = Counter()
+        self._order: dict[Node, int] = {}  # of the table
+        self._ready: list[tuple[float, int, int, Node]] = []  # a heap; see `_offer`
+        self._offers = itertools.count()
+        self._offered: dict[Node, int] = {}  # a trial's last offer: those before it count no more
+        self._lies_at: dict[str, set[str]] = defaultdict(set)  # place → identities of caches that were read there
+        nodes = _nodes(plan, pending)
+        for node in nodes:
             head_epochs = node.request.settings.strategy.head_epochs
             if node.request.last <= head_epochs and has_state(node.request.keys[-1]) and node.children:
                 node.status = "skipped"
+        self._enter(nodes)
 
     @property
     def study(self) -> Study:
         """Whose trials these are."""
         return self._plan.study
 
-    def next(self) -> Node | None:
-        """The ready trial with the longest remaining path, now running; None if none is ready."""
-        ready = [n for n in self.nodes if n.status == "waiting" and _released(n)]
-        if not ready:
-            return None
-        node = max(ready, key=lambda n: n.path)  # max keeps the first of equals: table order
-        node.status = "running"
+    def next(self, place: str | None = None) -> Node | None:
+        """The ready trial with the longest remaining path, now running; None if none is ready.
+
+        Args:
+            place: node of the cluster that the trial will run on, if it is known: among trials that are nearly as
+                long, one whose parent was trained there goes first, then one whose caches lie there.
+        """
+        node = self._longest() if place is None else self._at_home(place)
+        if node is not None:
+            self._mark(node, "running")
         return node
+
+    def placed(self, node: Node, place: str) -> None:
+        """A trial runs on a node of the cluster: what it reads lies there from now on."""
+        node.place = place
+        self._lies_at[place].add(node.request.cache.identity)
 
     def done(self, node: Node) -> None:
         """A trial has ended well; descendants whose cells all have results by now are not needed."""
-        node.status = "done"
+        self._mark(node, "done")
         for child in node.children:
             self._skip_if_resolved(child)
+            self._offer(child)
 
     def failed(self, node: Node, error: str) -> tuple[Chain, ...]:
         """A trial cannot be finished; its pending cells fail with it, siblings go on."""
         lost = tuple(chain for chain in node.chains if not self._has_result(chain))
         for descendant in _below(node):
-            descendant.status, descendant.error = "failed", error
+            self._mark(descendant, "failed")
+            descendant.error = error
         return lost
 
     def again(self, node: Node) -> None:
         """A trial whose worker died waits for another one."""
-        node.status = "waiting"
+        self._mark(node, "waiting")
+        self._offer(node)
 
     @property
     def pending_units(self) -> int:
@@ -115,11 +147,64 @@ class Schedule:
     @property
     def finished(self) -> bool:
         """No trial waits or runs."""
-        return all(n.status not in ("waiting", "running") for n in self.nodes)
+        return self.count("waiting", "running") == 0
 
     def count(self, *statuses: Status) -> int:
         """Number of trials in any of the statuses."""
-        return sum(n.status in statuses for n in self.nodes)
+        return sum(self._counts[status] for status in statuses)
+
+    def rank(self, node: Node) -> float:
+        """Of ready trials the one with the highest goes first: the longest remaining path, in training units."""
+        return node.path
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    def _enter(self, nodes: Sequence[Node]) -> None:
+        """Take trials into the schedule, in table order, after those that it has."""
+        for node in nodes:
+            self._order[node] = len(self.nodes)
+            self.nodes.append(node)
+            self._counts[node.status] += 1
+        for node in nodes:
+            self._offer(node)
+
+    def _mark(self, node: Node, status: Status) -> None:
+        self._counts[node.status] -= 1
+        self._counts[status] += 1
+        node.status = status
+
+    def _offer(self, node: Node) -> None:
+        """Let a trial that is ready be given out, at its present rank; equals go in table order."""
+        if _is_ready(node):
+            self._offered[node] = offer = next(self._offers)
+            heapq.heappush(self._ready, (-self.rank(node), self._order[node], offer, node))
+
+    def _longest(self) -> Node | None:
+        while self._ready:
+            _, _, offer, node = heapq.heappop(self._ready)
+            if self._offered[node] == offer and _is_ready(node):
+                return node
+        return None
+
+    def _at_home(self, place: str) -> Node | None:
+        """Of the trials that are nearly as long as the longest one the one that finds most at a place."""
+        looked_at: list[Node] = []
+        while len(looked_at) < LOOKED_AT and (node := self._longest()) is not None:
+            looked_at.append(node)
+            if self.rank(node) < (1 - NEARLY) * self.rank(looked_at[0]) or self._finds(node, place) == 2:
+                break
+        near = [node for node in looked_at if self.rank(node) >= (1 - NEARLY) * self.rank(looked_at[0])]
+        chosen = max(near, key=lambda node: self._finds(node, place), default=None)  # max keeps the first of equals
+        for node in looked_at:
+            if node is not chosen:
+                self._offer(node)
+        return chosen
+
+    def _finds(self, node: Node, place: str) -> int:
+        """2 where a trial's parent was trained at a place, 1 where its caches lie there, else 0."""
+        if node.parent is not None and node.parent.place == place:
+            return 2
+        return int(node.request.cache.identity in self._lies_at[place])
 
     def _starts(self, node: Node) -> int:
         """Epochs that a trial need not train: those before it, and a stored head stage, which serves any observer."""
@@ -130,24 +215,26 @@ class Schedule:
 
     def _skip_if_resolved(self, node: Node) -> None:
         if all(self._has_result(chain) for chain in node.chains):
-            node.status = "skipped"
+            self._mark(node, "skipped")
             for child in node.children:
                 self._skip_if_resolved(child)
 
 
-def pending_schedule(plan: Plan, folder: Path) -> Schedule:
-    """What a launch over a storage folder would run; nothing is written, and the folder need not exist."""
-    from study.store import result_folder, state_folder
+def pending_schedule(plan: Plan, storage: Address | Path) -> Schedule:
+    """What a launch over a storage would run; nothing is written, and a folder need not exist."""
+    from study.store import kept_in, result_name, state_name
+
+    kept = kept_in(storage)
 
     def has_result(chain: Chain) -> bool:
-        return result_folder(folder, chain.leaf, chain.observer.name).is_dir()
+        return kept(result_name(chain.leaf, chain.observer.name))
 
     pending = [chain for chain in plan.chains if not has_result(chain)]
-    return Schedule(plan, pending, has_result, lambda key: state_folder(folder, key).is_dir())
+    return Schedule(plan, pending, has_result, lambda key: kept(state_name(key)))
 
 
-def _released(node: Node) -> bool:
-    return node.parent is None or node.parent.status in ("done", "skipped")
+def _is_ready(node: Node) -> bool:
+    return node.status == "waiting" and (node.parent is None or node.parent.status in ("done", "skipped"))
 
 
 def _below(node: Node) -> Iterable[Node]:
@@ -197,6 +284,7 @@ def make_node(plan: Plan, chain: Chain, users: Sequence[Chain], parent: Node | N
         ),
         compute=plan.compute,
         mixed=plan.study.execution.allow_mixed,
+        index=chain.material.index.digest(),
     )
     node = Node(request, parent, tuple(users), sum(plan.epoch_units(chain)[first:last]))
     if parent is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from study import places
 from study.documents import StudyError
 from study.options import (
     Overrides,
@@ -16,10 +17,11 @@ from study.options import (
     check_timeout,
     read_data_roots,
     read_overrides,
-    storage_folder,
+    storage_address,
     tracking_address,
 )
 from study.running import Launch
+from study.sharing import reach
 
 if TYPE_CHECKING:
     from study.searching import SearchLaunch
@@ -52,7 +54,10 @@ Dataset = Annotated[str | None, typer.Option(metavar="NAME", help="data set, see
 Roots = Annotated[list[str] | None, typer.Option("--data-root", metavar="[NAME=]DIR", help="folder of a data set")]
 Backbone = Annotated[str | None, typer.Option(metavar="HUB_ID|DIR", help="encoder")]
 Storage = Annotated[
-    str | None, typer.Option(metavar="DIR", help="folder of results; default: outputs, or outputs/smoke")
+    str | None,
+    typer.Option(
+        metavar="DIR|URI", help="folder of results, or s3://BUCKET/PREFIX; default: outputs, or outputs/smoke"
+    ),
 ]
 Tracking = Annotated[str | None, typer.Option(metavar="URI", help="MLflow; default: sqlite file in the storage")]
 Address = Annotated[str | None, typer.Option(metavar="RAY", help="Ray cluster; default: this machine")]
@@ -93,8 +98,9 @@ def search(
         if value is not None:
             given.append(f"search.{name}={value}")
     said = Together()
-    folder = said.value(Path(), lambda: storage_folder(storage, smoke))
-    launch = Launch(folder, tracking_uri, address, executor, not no_sharing, stage_timeout, as_json, verbose)
+    place = said.value(places.Address(Path()), lambda: storage_address(storage, smoke))
+    said.value(None, lambda: reach(place))
+    launch = Launch(place, tracking_uri, address, executor, not no_sharing, stage_timeout, as_json, verbose)
     said.value(None, lambda: check_timeout(timeout))
     said.value(None, lambda: check_timeout(stage_timeout, "--stage-timeout"))
     declared = _declared(said, study, task, given, seeds, smoke, dataset, data_root, backbone, None if plan else launch)
@@ -129,8 +135,9 @@ def ablate_best(
 ) -> None:
     """Leave-one-out around the best trial of a finished search; the options are those the search was run with."""
     said = Together()
-    folder = said.value(Path(), lambda: storage_folder(storage, smoke))
-    launch = Launch(folder, tracking_uri, address, executor, not no_sharing, stage_timeout, as_json, verbose)
+    place = said.value(places.Address(Path()), lambda: storage_address(storage, smoke))
+    said.value(None, lambda: reach(place))
+    launch = Launch(place, tracking_uri, address, executor, not no_sharing, stage_timeout, as_json, verbose)
     said.value(None, lambda: check_timeout(stage_timeout, "--stage-timeout"))
     declared = _declared(
         said, study, task, override, seeds, smoke, dataset, data_root, backbone, None if plan else launch

@@ -25,6 +25,7 @@ from study.search import TrialFacts, Trials
 from study.search_report import Spent, write_search_report
 from study.search_rows import Search
 from study.search_storage import Place
+from study.sharing import share_study
 from trainables.cache_files import release
 from trainables.results import CellResult, EpochRecord
 from trainables.stopping import follow
@@ -172,9 +173,9 @@ class SearchSession(Session):
 
     def _outcome(self, chain: Chain, result: CellResult) -> CellOutcome:
         """A trial is judged on validation; what it does on the test split is not looked at before it is confirmed."""
-        outcome = finished_outcome(chain, result, self._store, None)
+        outcome = finished_outcome(chain, result, None, None)
         metrics = {name: value for name, value in outcome.metrics.items() if not name.startswith(TEST)}
-        return replace(outcome, metrics=metrics, predictions=None)
+        return replace(outcome, metrics=metrics)
 
     # -- what came out ------------------------------------------------------------------------------------------------
 
@@ -257,6 +258,7 @@ class SearchSession(Session):
         folder = self._store.report(self._search.study.name)
         for file in write_search_report(self._search, self._trials, header, self._spent(caches), folder):
             self._ledger.attach(self._parent.key, file, "search")
+        share_study(self._store.address, self._search.study.name)
         self._ledger.close(header)
         for cache in self._plan.caches:
             if not cache.pooled and cache.identity in self._contents:

@@ -62,6 +62,7 @@ def run_search(declared: Study, how: SearchLaunch) -> int:
     console = Console(stderr=launch.as_json)
     search = Search.of(declared)
     with prepared(launch, console):
+        _say_own_journal(search, how, console)
         found, launched = _searched(search, how, console)
         trials, best = found.all(), found.best()
         _say_found(search, trials, best, launch, console)
@@ -131,6 +132,14 @@ def _searched(search: Search, how: SearchLaunch, console: Console) -> tuple[Tria
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _say_own_journal(search: Search, how: SearchLaunch, console: Console) -> None:
+    """No journal lies in an object store: where it is, as long as nobody names a database."""
+    if how.launch.storage.uri is not None and how.optuna_storage is None:
+        kept = f"the search's trials are kept on this machine, {how.place(search.study.name).address}"
+        told = f"{kept}: name a database by --optuna-storage to go on elsewhere"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _say_found(

@@ -35,8 +35,17 @@ class Execution(Frozen):
     cpus: Annotated[float, Field(gt=0, le=10_000)] = Field(
         1, description="CPUs a trial; it computes with that many threads"
     )
-    gpus: Annotated[float, Field(ge=0, le=10_000)] | None = Field(
-        None, description="GPUs a trial, fractions too; default 1 or 0"
+    gpus: Annotated[float, Field(ge=0, le=10_000)] | Literal["auto"] | None = Field(
+        None,
+        description="GPUs a trial, fractions too; default 1 or 0; auto: 1 until the memory of trials like it was "
+        "measured, then the fraction that fits",
+    )
+    autoscale_to: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="trials at a time that an autoscaler may bring nodes for: so many are asked for, also while no "
+        "node can hold them; default: as many as fit on the nodes that are there",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where this machine has a GPU")
     max_failures: int = Field(2, ge=0, le=10_000, description="times a trial whose worker died is started again")

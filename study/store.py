@@ -1,36 +1,37 @@
-"""Stage states and cell results by key: the only file that knows paths. Every write is all or nothing.
+"""Stage states and cell results by key: the only file that knows what is kept where. Every write is all or nothing.
 
-Layout of a storage folder:
+Layout of a storage:
 
     states/<key>/       a trajectory after some epoch: tensors.safetensors, state.json (with the tensors' digest)
     results/<leaf>/<observer>/   a cell's result: result.json, predictions.npz, weights.safetensors
-    images/  activations/  phantoms/  splits/     what can be made again
-    partial/            what is being written; renamed into place when it is whole and on the disk
-    locks/              who runs which study here
+    contents/           digests of the images that results were made from
+    splits/             written splits
     <study>/report/     tables and figures
     <study>/pictures/   test images that the report shows
+
+and of a machine's own part, which is the same folder unless the storage is on a URI:
+
+    images/  activations/  phantoms/     what can be made again
+    partial/            what is being written; renamed into place when it is whole and on the disk
+    locks/              who runs which study here
     mlflow.db, mlartifacts/   the default ledger
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
-import json
 import logging
-import os
 import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from study.documents import StudyError
-from study.durable import flush_folder, make_folder, write_file
+from study.durable import make_folder
+from study.places import LEAST_ROOM, LOCAL, Address, AwayError, LocalFolder, place_of
+from study.seals import sealed, unsealed
+from study.sharing import bring, cache_units, note_caches, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,31 +46,41 @@ STATE = "state.json"
 RESULT = "result.json"
 PREDICTIONS = "predictions.npz"
 WEIGHTS = "weights.safetensors"
-
-LEAST_ROOM = 1 << 20  # bytes that a storage must be able to take, before a study and after something went wrong
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What is being written, by its makers' names for it; what is older than some hours is of processes that were killed.
-UNFINISHED = ("partial/*", ".mlflow.db.*", ".ray_auth_token.*", "splits/.*", "locks/.*", "*/report/.*", "*/pictures/.*")
-ABANDONED_S = 6 * 3600
+GO_ON = "run the same command again: nothing is damaged, and it goes on from the last epochs that were saved"
 
 
 class Store:
-    """A storage folder. Implements `trainables.trial.Stash`; processes of one machine or file system may share it."""
+    """A storage. Implements `trainables.trial.Stash`; processes of one machine share it, and all that see its place.
 
-    def __init__(self, root: Path, *, caches: bool = True) -> None:
-        """Use `root`, making it if need be.
+    Attributes:
+        address: where it lies.
+        root: folder of this machine's own part: caches, locks, reports; of everything where no URI was given.
+        place: what keeps states and results.
+    """
+
+    def __init__(self, storage: Address | Path, *, caches: bool = True) -> None:
+        """Use a folder, making it if need be, or an object store that is there.
 
         Raises:
-            StudyError: the folder cannot be made or written to.
+            StudyError: it cannot be made or written to.
         """
-        self.root = root.resolve()
+        address = Address.of(storage)
         self._caches = caches
+        self._noted: dict[str, int] = {}
+        self.root = address.folder.resolve()
+        self.address = Address(self.root, address.uri)
+        self.place = place_of(self.address)
+        own = LocalFolder(self.root)
         try:
-            make_folder(self.root)
-            self._set_aside(LEAST_ROOM)
+            own.require(LEAST_ROOM)
+            if address.uri is not None:
+                self.place.require(LEAST_ROOM)
+        except AwayError as error:
+            raise StudyError([str(error)]) from error
         except OSError as error:
-            remedy = "make room there" if error.errno in NO_ROOM else "give a writable folder"
-            raise StudyError([f"--storage {root}: cannot be written ({error.strerror}); {remedy}"]) from error
+            where = "" if address.uri is None else f" its folder on this machine, {self.root} (see {LOCAL}),"
+            told = f"cannot be written ({error.strerror}); {own.advice(error)}"
+            raise StudyError([f"--storage {address.shown}:{where} {told}"]) from error
 
     def require_room(self) -> None:
         """Make sure that another state can be written, as after something could not be.
@@ -77,40 +88,38 @@ class Store:
         Raises:
             StudyError: it cannot; says why and what to do.
         """
-        wanted = max(LEAST_ROOM, self._largest_state())
+        wanted = max(LEAST_ROOM, self.place.largest("states", TENSORS))
         try:
-            self._set_aside(wanted)
+            self.place.require(wanted)
         except OSError as error:
-            free = shutil.disk_usage(self.root).free
-            lack = f"a state takes {wanted / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; make room"
-            remedy = lack if error.errno in NO_ROOM else "make it writable"
-            raise StudyError(
-                [
-                    f"--storage {self.root}: {error.strerror}; {remedy}, and run the same command again: nothing is "
-                    "damaged, and it goes on from the last epochs that were saved"
-                ]
-            ) from error
-
-    def _largest_state(self) -> int:
-        """Bytes."""
-        largest = 0
-        for tensors in (self.root / "states").glob(f"*/{TENSORS}"):
-            with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
-                largest = max(largest, tensors.stat().st_size)
-        return largest
-
-    def _set_aside(self, size: int) -> None:
-        """Have the disk give as many bytes, and give them back."""
-        with tempfile.TemporaryFile(dir=self.root) as probe:
-            os.posix_fallocate(probe.fileno(), 0, size)
+            told = f"{error.strerror}; {self.place.advice(error, wanted)}"
+            raise StudyError([f"--storage {self.address.shown}: {told}, and {GO_ON}"]) from error
 
     def sweep(self) -> None:
         """Remove what killed processes had begun to write, once nobody can be writing it any more."""
-        for leftover in [path for pattern in UNFINISHED for path in self.root.glob(pattern)]:
-            with contextlib.suppress(FileNotFoundError):  # its writer or another driver was faster
-                newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
-                if time.time() - newest > ABANDONED_S:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        LocalFolder(self.root).sweep()
+        if self.address.uri is not None:
+            self.place.sweep()
+
+    def bring_splits(self) -> None:
+        """Have the storage's splits on this machine: a data set is split once, wherever it is trained."""
+        bring(self.address, "splits", self.place)
+
+    def share_splits(self) -> None:
+        """Give the storage the splits that were made on this machine.
+
+        Raises:
+            StudyError: it has others, as where another machine has split the same data at the same time.
+        """
+        share(self.address, "splits", self.place, replace=False)
+
+    def note_caches(self) -> None:
+        """Give the storage the record of what this machine's activation caches have cost."""
+        note_caches(self.address, self.place, self._noted)
+
+    def cache_units(self, names: Iterable[str]) -> dict[str, int]:
+        """Name of an activation cache → units that building it has cost, on all machines together."""
+        return cache_units(self.address, self.place, names)
 
     # -- folders ------------------------------------------------------------------------------------------------------
 
@@ -126,7 +135,7 @@ class Store:
 
     @property
     def splits(self) -> Path:
-        """Written splits."""
+        """Written splits, on this machine."""
         return self._made("splits")
 
     @property
@@ -163,21 +172,40 @@ class Store:
 
     def has_state(self, key: str) -> bool:
         """Whether a state is there, whole or not."""
-        return (self._state(key) / STATE).is_file()
+        return self.place.has(state_name(key), STATE)
 
     def newest(self, keys: Sequence[str], usable: Callable[[Checkpoint], bool]) -> Checkpoint | None:
-        """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said."""
-        for key in reversed(keys):
+        """The checkpoint of the last of `keys` that is whole and usable; a damaged one is deleted, and said.
+
+        A worker that was given up, because its node was cut off, may still save a deeper state meanwhile and drop the
+        one that is being read here: then it is looked for again, and what that worker trained is not trained twice.
+        """
+        refused: set[str] = set()
+        while True:
+            found, depth = None, 0
+            for at, key in reversed(list(enumerate(keys, start=1))):
+                checkpoint = None if key in refused else self._read_state(key)
+                if checkpoint is not None and usable(checkpoint):
+                    found, depth = checkpoint, at
+                    break
+                if checkpoint is not None:
+                    refused.add(key)
+            if not any(self.has_state(key) for key in keys[depth:] if key not in refused):
+                return found
+
+    def _read_state(self, key: str) -> Checkpoint | None:
+        """A state; None where it is not there, also where it was dropped meanwhile, or damaged (deleted and said)."""
+        for again in (True, False):  # it may have been replaced between two of its files
             if not self.has_state(key):
-                continue
+                return None
             try:
-                checkpoint = self._load_state(key)
+                return self._load_state(key)
+            except AwayError:
+                raise
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("the state %s is damaged (%s); it is deleted and trained again", key[:12], error)
-                self.drop(key)
-                continue
-            if usable(checkpoint):
-                return checkpoint
+                if not again and self.has_state(key):
+                    log.warning("the state %s is damaged (%s); it is deleted and trained again", key[:12], error)
+                    self.drop(key)
         return None
 
     def save(self, key: str, checkpoint: Checkpoint) -> None:
@@ -197,7 +225,7 @@ class Store:
             "best": [list(at) for at in checkpoint.best],
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        self._publish(self._state(key), {TENSORS: data, STATE: _sealed(facts)})
+        self.place.publish(state_name(key), {TENSORS: data, STATE: sealed(facts)})
 
     def _load_state(self, key: str) -> Checkpoint:
         from safetensors.torch import load
@@ -206,9 +234,8 @@ class Store:
         from trainables.results import EpochRecord
         from trainables.trial import Checkpoint
 
-        folder = self._state(key)
-        facts = _unsealed(folder / STATE)
-        data = (folder / TENSORS).read_bytes()
+        told, data = self.place.read(state_name(key), STATE, TENSORS)
+        facts = unsealed(told, STATE)
         if hashlib.sha256(data).hexdigest() != facts["sha256"]:
             raise ValueError("its digest does not match")
         tensors = load(data)
@@ -225,43 +252,48 @@ class Store:
         from trainables.results import EpochRecord
 
         try:
-            return [EpochRecord(**record) for record in _unsealed(self._state(key) / STATE)["history"]]
+            (told,) = self.place.read(state_name(key), STATE)
+            return [EpochRecord(**record) for record in unsealed(told, STATE)["history"]]
+        except AwayError:
+            raise
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def drop(self, key: str) -> None:
         """Forget a state."""
-        self._discard(self._state(key))
+        self.place.discard(state_name(key))
 
     # -- results ------------------------------------------------------------------------------------------------------
 
     def has_result(self, leaf: str, observer: str) -> bool:
         """Whether a cell's result is there."""
-        return (self._result(leaf, observer) / RESULT).is_file()
+        return self.place.has(result_name(leaf, observer), RESULT)
 
     def load_result(self, leaf: str, observer: str) -> CellResult | None:
         """A cell's result, None where there is none or it is damaged (deleted then, and said)."""
         from trainables.results import CellResult, EpochRecord
 
-        folder = self._result(leaf, observer)
-        if not (folder / RESULT).is_file():
+        bundle = result_name(leaf, observer)
+        if not self.place.has(bundle, RESULT):
             return None
         try:
-            facts = _unsealed(folder / RESULT)
-            for name, expected in facts.pop("files").items():
-                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-                    raise ValueError(f"the digest of {name} does not match")
+            (told,) = self.place.read(bundle, RESULT)
+            facts = unsealed(told, RESULT)
+            self.place.check(bundle, facts.pop("files"))
             facts["history"] = [EpochRecord(**record) for record in facts["history"]]
             facts["undefined"] = tuple(facts["undefined"])
             return CellResult(**facts)
+        except AwayError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("the result %s is damaged (%s); it is deleted and made again", folder.name, error)
-            self._discard(folder)
+            name = bundle.rpartition("/")[2]
+            log.warning("the result %s is damaged (%s); it is deleted and made again", name, error)
+            self.place.discard(bundle)
             return None
 
     def predictions(self, leaf: str, observer: str) -> Path:
-        """File of a result's test predictions."""
-        return self._result(leaf, observer) / PREDICTIONS
+        """File of a result's test predictions, on this machine."""
+        return self.place.file(result_name(leaf, observer), PREDICTIONS)
 
     def save_result(
         self, leaf: str, observer: str, result: CellResult, predictions: bytes, weights: dict[str, Tensor]
@@ -277,14 +309,17 @@ class Store:
         files = {PREDICTIONS: predictions, WEIGHTS: save(_unaliased(weights))}
         facts = dataclasses.asdict(result)
         facts["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        self._publish(self._result(leaf, observer), {**files, RESULT: _sealed(facts)})
+        self.place.publish(result_name(leaf, observer), {**files, RESULT: sealed(facts)})
 
     def _check_same_trajectory(self, leaf: str, result: CellResult) -> None:
         from trainables.results import TrainingError
 
-        for path in self._made("results", leaf[:40]).glob(f"*/{RESULT}"):
+        for bundle in self.place.bundles(f"results/{leaf[:40]}"):
             try:
-                other = _unsealed(path)
+                (told,) = self.place.read(bundle, RESULT)
+                other = unsealed(told, RESULT)
+            except AwayError:
+                raise
             except (OSError, ValueError):
                 continue  # damaged: said and made again when it is loaded
             for ours, theirs in zip(result.history, other["history"], strict=False):
@@ -303,12 +338,12 @@ class Store:
         Raises:
             StudyError: the images have changed since results were made from them.
         """
-        path = self._made("contents") / index_digest[:40]
-        recorded = path.read_bytes() if path.is_file() else b""
-        if not re.fullmatch(rb"[0-9a-f]{64}", recorded):
-            if path.is_file():
-                log.warning("%s is damaged and written anew; every state and result holds the digest too", path)
-            self._write(path, contents_digest.encode())
+        name = f"contents/{index_digest[:40]}"
+        recorded = self.place.get(name)
+        if recorded is None or not re.fullmatch(rb"[0-9a-f]{64}", recorded):
+            if recorded is not None:
+                log.warning("%s is damaged and written anew; every state and result holds the digest too", name)
+            self.place.put(name, contents_digest.encode())
         elif recorded != contents_digest.encode():
             raise StudyError(
                 ["the images have changed since this storage's results were made; use another --storage for them"]
@@ -319,96 +354,46 @@ class Store:
     def _made(self, *parts: str) -> Path:
         return make_folder(self.root.joinpath(*parts))
 
-    def _state(self, key: str) -> Path:
-        return state_folder(self.root, key)
 
-    def _result(self, leaf: str, observer: str) -> Path:
-        return result_folder(self.root, leaf, observer)
+def state_name(key: str) -> str:
+    """Name of a state's bundle."""
+    return f"states/{key[:40]}"
 
-    def _temporary(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self._made("partial")))
 
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = self._temporary()
-        try:
-            write_file(temporary / "file", data)
-            (temporary / "file").replace(path)
-            flush_folder(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _publish(self, folder: Path, files: dict[str, bytes]) -> None:
-        """Write files beside and put their folder in place with one rename.
-
-        Files, their entries and the renamed entry are on the disk, in this order, when it returns: a power cut leaves
-        the folder whole or absent, and what the caller drops next was replaced for good.
-        """
-        temporary = self._temporary()
-        try:
-            for name, data in files.items():
-                write_file(temporary / name, data)
-            flush_folder(temporary)
-            make_folder(folder.parent)
-            self._put(temporary, folder)
-            flush_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-    def _put(self, temporary: Path, folder: Path) -> None:
-        """Rename a folder into place; what is there already goes first, also if other processes do the same."""
-        while True:
-            try:
-                temporary.replace(folder)
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                self._discard(folder)
-
-    def _discard(self, folder: Path) -> None:
-        """Remove a folder with one rename, so that nobody sees half of it; one that is gone already is no matter."""
-        grave = self._temporary()
-        with contextlib.suppress(FileNotFoundError):
-            folder.replace(grave / "dropped")
-        shutil.rmtree(grave, ignore_errors=True)
+def result_name(leaf: str, observer: str) -> str:
+    """Name of the bundle of a cell's result."""
+    return f"results/{leaf[:40]}/{re.sub(r'[^A-Za-z0-9.+]+', '-', observer)}"
 
 
 def state_folder(root: Path, key: str) -> Path:
-    """Folder of a state."""
-    return root / "states" / key[:40]
+    """Folder of a state, in a storage that is one."""
+    return root / state_name(key)
 
 
 def result_folder(root: Path, leaf: str, observer: str) -> Path:
-    """Folder of a cell's result."""
-    return root / "results" / leaf[:40] / re.sub(r"[^A-Za-z0-9.+]+", "-", observer)
+    """Folder of a cell's result, in a storage that is one."""
+    return root / result_name(leaf, observer)
+
+
+def kept_in(storage: Address | Path) -> Callable[[str], bool]:
+    """Whether a state or result lies in a storage, by its bundle's name, as of now; nothing is written.
+
+    Raises:
+        StudyError: an object store cannot be asked.
+    """
+    address = Address.of(storage)
+    if address.uri is None:
+        return lambda name: (address.folder / name).is_dir()
+    place = place_of(address)
+    try:
+        return {*place.bundles("states"), *place.bundles("results")}.__contains__
+    except AwayError as error:
+        raise StudyError([str(error)]) from error
 
 
 def pictures_file(root: Path, study: str, dataset: str) -> Path:
     """File of the test images of a data set that a study's report shows."""
     return root / study / "pictures" / f"{dataset}.npz"
-
-
-def _sealed(facts: dict[str, Any]) -> bytes:
-    """Facts as JSON, with their own digest."""
-    plain = json.loads(json.dumps(facts))
-    return json.dumps(plain | {"seal": _seal(plain)}).encode()
-
-
-def _unsealed(path: Path) -> dict[str, Any]:
-    """Facts as they were sealed.
-
-    Raises:
-        ValueError: not JSON, or not what was written.
-    """
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(facts, dict) or facts.pop("seal", None) != _seal(facts):
-        raise ValueError(f"the digest of {path.name} does not match")
-    return facts
-
-
-def _seal(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _unaliased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

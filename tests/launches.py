@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,25 @@ class Launch:
 
     def __init__(
         self,
-        storage: Path,
+        storage: Path | str,
         *options: str,
         study: str = "ablation",
         overrides: Mapping[str, Any] = TINY,
         executor: str = "local",
         environment: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         """Start it.
 
         Args:
+            storage: a folder, or a URI.
             options: further arguments.
             overrides: passed on as `-o KEY=VALUE`.
+            before: what the command line begins with, such as a change of name space.
         """
         given = [f"-o{key}={_typed(value)}" for key, value in overrides.items()]
         where = ["--storage", str(storage), "--executor", executor]
-        command = [sys.executable, "study/launch.py", study, *given, *where, *options]
+        command = [*before, sys.executable, "study/launch.py", study, *given, *where, *options]
         self.mark = uuid4().hex
         # Not in the storage, whose disk may be full.
         self._printed = tempfile.NamedTemporaryFile(prefix="launch-")  # noqa: SIM115 - lives as long as the launch
@@ -115,7 +118,7 @@ class Launch:
 
 
 @contextmanager
-def launched(storage: Path, *options: str, **how: Any) -> Iterator[Launch]:
+def launched(storage: Path | str, *options: str, **how: Any) -> Iterator[Launch]:
     """A launch of which nothing outlives the context."""
     launch = Launch(storage, *options, **how)
     try:
@@ -124,7 +127,7 @@ def launched(storage: Path, *options: str, **how: Any) -> Iterator[Launch]:
         launch.end()
 
 
-def completed(storage: Path, *options: str, **how: Any) -> Launch:
+def completed(storage: Path | str, *options: str, **how: Any) -> Launch:
     """A launch that has ended."""
     with launched(storage, *options, **how) as launch:
         launch.wait()

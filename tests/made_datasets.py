@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from trainables.data import chexpert, vindr_cxr
+from trainables.data import chestxray14, chexpert, ham10000, vindr_cxr
 
 SIZE = 40
 
@@ -131,6 +133,197 @@ def make_tbx11k(root: Path, images: int = 150) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"images": listed, "annotations": drawn, "categories": categories}))
     return root
+
+
+def make_vindr_kaggle(root: Path, images: int = 160) -> Path:
+    """Kaggle's layout: `train.csv` of three readers' boxes or `No finding`, and DICOM images of odd forms."""
+    rng = np.random.default_rng(4)
+    rows: list[list[object]] = []
+    for number in range(images):
+        labels = (rng.random(len(vindr_cxr.KAGGLE_LOCAL)) < 0.3).astype(int)
+        if number % 3 == 0:
+            labels[:] = 0
+        for reader in ("R8", "R9", "R10"):
+            found = [name for name, on in zip(vindr_cxr.KAGGLE_LOCAL, labels, strict=True) if on]
+            corner = rng.uniform(0, 10, 2).round(1).tolist()
+            drawn = [*corner, corner[0] + 12, corner[1] + 15]
+            image = f"{number:032x}"
+            rows += [[image, name, vindr_cxr.KAGGLE_LOCAL.index(name), reader, *drawn] for name in found]
+            rows += [] if found else [[image, "No finding", 14, reader, "", "", "", ""]]
+        pixels = picture([*labels, int(not labels.any())], rng)
+        path = root / "train" / f"{number:032x}.dicom"
+        if number % 2:
+            save_dicom(path, 255 - pixels, PhotometricInterpretation="MONOCHROME1")
+        else:
+            save_dicom(path, pixels)
+    header = ["image_id", "class_name", "class_id", "rad_id", *vindr_cxr.CORNERS]
+    _write(root / "train.csv", header, rows)
+    return root
+
+
+def make_chexmask(root: Path) -> Path:
+    """PhysioNet's VinDr-CXR with CheXmask's table beside it; a tenth of its masks are poor, one image has none."""
+    make_vindr(root)
+    rows: list[list[object]] = []
+    for number in range(1, 160):
+        lungs = [" ".join(f"{SIZE * y + x + 1} 10" for y in range(8, 30)) for x in (4, 24)]
+        heart = " ".join(f"{SIZE * y + 15} 12" for y in range(20, 32))
+        quality = 0.5 if number % 10 == 0 else 0.9
+        rows.append([f"{number:032x}", 0.95, quality, "[]", *lungs, heart, SIZE, SIZE])
+    header = ["image_id", "Dice RCA (Max)", "Dice RCA (Mean)", "Landmarks", "Left Lung", "Right Lung", "Heart"]
+    _write(root / "OriginalResolution" / "VinDr-CXR.csv", [*header, "Height", "Width"], rows)
+    return root
+
+
+def make_chestxray14(root: Path, patients: int = 100) -> Path:
+    """Two images a patient in two of the twelve folders, a tenth of them RGBA; the lists, and a few boxes."""
+    rng = np.random.default_rng(5)
+    rows, boxes, lists = [], [], {name: list[str]() for name in ("train", "test")}
+    for patient in range(1, patients + 1):
+        for follow_up in range(2):
+            labels = (rng.random(14) < 0.35).astype(int)
+            found = [name for name, on in zip(chestxray14.CLASSES, labels, strict=True) if on]
+            name = f"{patient:08d}_{follow_up:03d}.png"
+            told = "|".join(found) or chestxray14.NO_FINDING
+            rows.append([name, told, follow_up, patient, 40, "F", "PA", 2500, 2048, 0.171, 0.171])
+            lists["test" if patient % 4 == 0 else "train"].append(name)
+            boxed = [finding.replace("Infiltration", "Infiltrate") for finding in found[:1]]
+            boxes += [[name, finding, 100, 100, 200, 300, "", "", ""] for finding in boxed]
+            pixels = picture(labels.tolist(), rng)
+            if patient % 10 == 0:
+                pixels = np.dstack([pixels] * 3 + [np.full_like(pixels, 255)])
+            save(root / f"images_00{1 + patient % 2}" / "images" / name, pixels)
+    for file, header, lines in (
+        (chestxray14.TABLE_FILES[0], chestxray14.HEADER, rows),
+        (chestxray14.BOXES_FILE, chestxray14.BOXES_HEADER, boxes),
+    ):
+        with (root / file).open("w", newline="", encoding="utf-8") as table:
+            table.write(header + "\n")
+            csv.writer(table, lineterminator="\n").writerows(lines)
+    for split, file in chestxray14.OFFICIAL_LISTS.items():
+        (root / file).write_text("\n".join(lists[split]), encoding="utf-8")
+    return root
+
+
+def make_ham10000(root: Path, lesions: int = 110) -> Path:
+    """One or two JPEGs a lesion in the two folders; every seventh age is missing."""
+    rng = np.random.default_rng(6)
+    rows = []
+    for lesion in range(lesions):
+        dx = lesion % 7
+        for view in range(1 + lesion % 2):
+            name = f"ISIC_{2 * lesion + view:07d}"
+            age = "" if lesion % 7 == 0 else "45.0"
+            rows.append([f"HAM_{lesion:07d}", name, ham10000.CLASSES[dx], "histo", age, "male", "back"])
+            folder = ham10000.IMAGE_FOLDERS[lesion % 2]
+            pixels = picture([int(column == dx) for column in range(7)], rng)
+            save(root / folder / f"{name}.jpg", np.dstack([pixels, pixels // 2, pixels // 3]))
+    _write(root / "HAM10000_metadata.csv", ham10000.HEADER, rows)
+    return root
+
+
+def make_jsrt(root: Path, images: int = 100) -> Path:
+    """Radiographs with and without nodule, and expert masks of three structures."""
+    rng = np.random.default_rng(7)
+    for number in range(images):
+        name = f"JPC{'LN' if number % 2 else 'NN'}{number:03d}.png"
+        save(root / "images" / name, picture([number % 2], rng))
+        for structure, (top, left) in {"left_lung": (8, 24), "right_lung": (8, 4), "heart": (20, 14)}.items():
+            mask = np.zeros((SIZE, SIZE), np.uint8)
+            mask[top : top + 18, left : left + 12] = 255
+            save(root / "masks" / structure / name, mask)
+    return root
+
+
+def make_coco(root: Path) -> Path:
+    """`annotations/instances_….json` of three splits, JPEGs of two shapes, a category without any box."""
+    rng = np.random.default_rng(8)
+    categories = [{"id": number, "name": name} for number, name in enumerate(("findings", "Mass", "Nodule"))]
+    first = 0
+    for split, count in (("train", 120), ("val", 40), ("test", 40)):
+        images, annotations = [], []
+        for number in range(first, first + count):
+            width, height = (SIZE, SIZE) if number % 2 else (SIZE, 30)
+            labels = [number % 2, number // 2 % 2]
+            images.append({"id": number, "file_name": f"n{number}.jpg", "width": width, "height": height})
+            annotations += [
+                {"image_id": number, "category_id": 1 + c, "bbox": [8 * c + 1, 1, 7, 8]} for c in (0, 1) if labels[c]
+            ]
+            save(root / f"{split}2017" / f"n{number}.jpg", picture(labels, rng)[:height])
+        path = root / "annotations" / f"instances_{split}2017.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        first += count
+    return root
+
+
+def make_yolo(root: Path, images: int = 160) -> Path:
+    """`data.yaml`, `images/train` … with `labels/train` …; images without a box have an empty file or none."""
+    rng = np.random.default_rng(9)
+    for number in range(images):
+        split = ("train", "train", "train", "val", "test")[number // 8 % 5]
+        labels = [number % 2, number // 2 % 2]
+        save(root / "images" / split / f"n{number}.png", picture(labels, rng))
+        lines = [f"{c} {0.1 + 0.2 * c} 0.1 0.2 0.2" for c in (0, 1) if labels[c]]
+        if lines or number % 8:
+            path = root / "labels" / split / f"n{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines))
+    (root / "data.yaml").write_text("names: [Mass, Nodule]\ntrain: ../elsewhere/images\n")
+    return root
+
+
+@dataclass(frozen=True)
+class Made:
+    """A data set in one of its true layouts.
+
+    Attributes:
+        make: folder → root.
+        options: what reads it, as after `-o`.
+    """
+
+    dataset: str
+    make: Callable[[Path], Path]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def checked(self, root: Path) -> dict[str, Any]:
+        """Settings of the group `dataset`."""
+        own = {key.removeprefix("dataset."): value for key, value in self.options.items()}
+        return {"name": self.dataset, "root": str(root), **own}
+
+
+MADE = {
+    "chestxray14": Made("chestxray14", make_chestxray14),
+    "chestxray14, official": Made("chestxray14", make_chestxray14, {"dataset.split": "official"}),
+    "chexpert, official, U-Ignore": Made(
+        "chexpert", make_chexpert, {"dataset.uncertain": "ignore", "dataset.split": "official"}
+    ),
+    "ham10000": Made("ham10000", make_ham10000),
+    "vindr_cxr of PhysioNet": Made("vindr_cxr", make_vindr),
+    "vindr_cxr of Kaggle": Made("vindr_cxr", make_vindr_kaggle),
+    "vindr_cxr with CheXmask": Made("vindr_cxr", make_chexmask),
+    "tbx11k": Made("tbx11k", make_tbx11k),
+    "tbx11k, official, merged": Made(
+        "tbx11k", make_tbx11k, {"dataset.split": "official", "dataset.merge_classes": True}
+    ),
+    "jsrt": Made("jsrt", make_jsrt),
+    "coco": Made("coco", make_coco),
+    "coco, official": Made("coco", make_coco, {"dataset.split": "official"}),
+    "yolo": Made("yolo", make_yolo),
+    "yolo, official": Made("yolo", make_yolo, {"dataset.split": "official"}),
+    "csv": Made("csv", make_csv, {**CSV_OPTIONS, "dataset.label_columns": ["Mass", "Nodule"]}),
+    "csv, official, separated": Made(
+        "csv",
+        make_csv,
+        {
+            **CSV_OPTIONS,
+            "dataset.label_column": "findings",
+            "dataset.label_separator": "|",
+            "dataset.split_column": "part",
+            "dataset.split": "official",
+        },
+    ),
+}
 
 
 def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -19,12 +19,12 @@ from tests.ledger_samples import new_database
 
 
 class Server:
-    """An MLflow server over an SQLite file, on a free port of this machine."""
+    """An MLflow server over an SQLite file or another database, on a free port of this machine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str | None = None) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port = free.getsockname()[1]
-        self.folder, self.database = folder, new_database(folder)
+        self.folder, self.database = folder, database or new_database(folder)
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -1,4 +1,6 @@
-"""Ray nodes on one machine for tests: a head and workers with loopback addresses, a token, ports and folders of theirs.
+"""Ray nodes on one machine for tests: a head and workers with addresses, a token, ports and folders of theirs.
+
+Addresses are of loopback, or of a network of the tests' own (`tests.networks`).
 
 Every process is ended by its id, also when a test fails; `ray stop` would end every cluster of the machine.
 """
@@ -14,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from tests.networks import Network
+
 RAY = str(Path(sys.executable).with_name("ray"))
+HEAD = 2  # last part of its address; workers have the next ones
 START_SECONDS = 180  # for a node to join; machines that run tests are busy
 
 
@@ -67,33 +72,47 @@ class RayNodes:
     folder: Path  # short: paths of sockets are limited to 107 bytes
     port: int
     environment: dict[str, str]
+    network: Network | None = None  # None: loopback
     nodes: list[RayNode] = field(default_factory=list)
 
     @property
     def address(self) -> str:
         """For `--address`."""
-        return f"127.0.0.2:{self.port}"
+        return f"{self._host(HEAD)}:{self.port}"
 
-    def start_head(self) -> None:
-        """Start the head node."""
-        self._start(["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"])
+    def start_head(self) -> RayNode:
+        """Start the head node, or another one at the same address."""
+        return self._start(["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"], number=HEAD)
 
-    def start_worker(self, before: Sequence[str] = ()) -> RayNode:
-        """Start a worker node; `before`: what its command line begins with, such as a change of name space."""
-        return self._start([f"--address={self.address}", "--num-cpus=1"], before)
+    def start_worker(self, before: Sequence[str] = (), number: int | None = None) -> RayNode:
+        """Start a worker node.
 
-    def _start(self, arguments: Sequence[str], before: Sequence[str] = ()) -> RayNode:
-        number = len(self.nodes) + 2
+        Args:
+            before: what its command line begins with, such as a change of name space.
+            number: of the machine; None: another one.
+        """
+        return self._start([f"--address={self.address}", "--num-cpus=1"], before, number)
+
+    def inside(self, node: RayNode) -> list[str]:
+        """What a command line begins with whose process shall be on the machine of a node."""
+        return [] if self.network is None else self.network.inside(int(node.address.rpartition(".")[2]))
+
+    def _host(self, number: int) -> str:
+        return f"127.0.0.{number}" if self.network is None else self.network.host(number)
+
+    def _start(self, arguments: Sequence[str], before: Sequence[str] = (), number: int | None = None) -> RayNode:
+        number = number or len(self.nodes) + HEAD
+        host, there = self._host(number), [] if self.network is None else self.network.inside(number)
         ports = 21_000 + 500 * number + secrets.randbelow(400)
-        log = self.folder / f"node{number}.log"
-        command = [*before, RAY, "start", "--block", f"--node-ip-address=127.0.0.{number}", *arguments]
+        log = self.folder / f"node{number}-{len(self.nodes)}.log"
+        command = [*there, *before, RAY, "start", "--block", f"--node-ip-address={host}", *arguments]
         command += ["--object-store-memory=80000000", f"--min-worker-port={ports}", f"--max-worker-port={ports + 60}"]
         command += ["--disable-usage-stats", f"--temp-dir={self.folder / str(number)}"]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=out, env=os.environ | self.environment, start_new_session=True
             )
-        node = RayNode(f"127.0.0.{number}", process, log)
+        node = RayNode(host, process, log)
         self.nodes.append(node)
         _wait_until_started(node)
         return node
@@ -105,13 +124,15 @@ class RayNodes:
 
 
 @contextmanager
-def ray_nodes(workers: int) -> Iterator[RayNodes]:
-    """A cluster with so many worker nodes that ends with the body."""
+def ray_nodes(
+    workers: int, network: Network | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[RayNodes]:
+    """A cluster with so many worker nodes that ends with the body; `settings`: Ray's own, from the environment."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = RayNodes(folder, _free_port(), environment)
+    cluster = RayNodes(folder, _free_port(), environment | dict(settings or {}), network)
     try:
         cluster.start_head()
         for _ in range(workers):

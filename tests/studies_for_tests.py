@@ -15,6 +15,7 @@ from analysis.report import write_report
 from analysis.schema import StudyHeader
 from study.documents import apply
 from study.driver import RunOptions, run_plan
+from study.places import Address
 from study.plan import Plan, make_plan
 from study.spec import Choices, find_study, load_study
 
@@ -57,33 +58,51 @@ class Ran:
 
 
 def planned(
-    storage: Path, overrides: Mapping[str, Any] = TINY, *, study: str = "ablation", sharing: bool = True
+    storage: Path,
+    overrides: Mapping[str, Any] = TINY,
+    *,
+    study: str = "ablation",
+    sharing: bool = True,
+    roots: Mapping[str, Path] | None = None,
 ) -> Plan:
-    """A plan of a shipped study with overrides."""
-    declared = load_study(find_study(study), Choices(apply({}, overrides)))
+    """A plan of a study, shipped or in a file, with overrides; `roots`: data set → folder."""
+    data_roots = {dataset: str(root) for dataset, root in (roots or {}).items()}
+    declared = load_study(find_study(study), Choices(apply({}, overrides), data_roots=data_roots))
     return make_plan(declared, storage=storage, sharing=sharing)
 
 
 def run_study(
-    storage: Path,
+    storage: Path | Address,
     overrides: Mapping[str, Any] = TINY,
     *,
     study: str = "ablation",
     sharing: bool = True,
     executor: str = "local",
     address: str | None = None,
+    roots: Mapping[str, Path] | None = None,
 ) -> Ran:
-    """Plan and run a shipped study with overrides, in this process."""
-    return _run(planned(storage, overrides, study=study, sharing=sharing), storage, executor, address)
+    """Plan and run a study with overrides, in this process."""
+    plan = planned(Address.of(storage).folder, overrides, study=study, sharing=sharing, roots=roots)
+    return _run(plan, storage, executor, address)
 
 
-def run_smoke(storage: Path, study: str, *, executor: str, sharing: bool) -> Ran:
-    """What `--smoke` runs."""
-    declared = load_study(find_study(study), Choices(smoke=True))
+def run_smoke(
+    storage: Path,
+    study: str,
+    *,
+    executor: str,
+    sharing: bool,
+    dataset: str | None = None,
+    root: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Ran:
+    """What `--smoke` runs, with `--dataset`, `--data-root` and `-o` where they are given."""
+    roots = {} if root is None else {"": str(root)}
+    declared = load_study(find_study(study), Choices(apply({}, overrides or {}), dataset, roots, smoke=True))
     return _run(make_plan(declared, storage=storage, sharing=sharing), storage, executor, None)
 
 
-def _run(plan: Plan, storage: Path, executor: str, address: str | None) -> Ran:
+def _run(plan: Plan, storage: Path | Address, executor: str, address: str | None) -> Ran:
     options = RunOptions(storage, command="a test", executor=executor, address=address)
     header, complete, _ = run_plan(plan, options, Console(quiet=True))
-    return Ran(plan, header, complete, storage)
+    return Ran(plan, header, complete, Address.of(storage).folder)

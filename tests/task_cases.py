@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import torch
 
+from study.store import Store
 from trainables.activations import Activations
 from trainables.data.chestxray14 import CLASSES
 from trainables.data.opened import Data, Folders, open_data
 from trainables.loop import Trajectory
-from trainables.requests import CacheRequest, Compute
+from trainables.requests import CacheRequest, Compute, Observer, TrialRequest, Watch
 from trainables.settings import Settings
+from trainables.strategy import total_epochs
 from trainables.task import Rows, Task
 from trainables.tasks import TASKS
+from trainables.trial import Trial
 
 COMPUTE = Compute("cpu", 1, "fp32")
 CPU = torch.device("cpu")
@@ -87,6 +91,22 @@ class Case:
         settings = self.settings(**groups)
         served = Activations(task, COMPUTE, CPU, cache, folder, "contents", settings.optimiser.batch_size)
         return Trajectory(task, settings, seed, COMPUTE, CPU, served, averages or {})
+
+    def request(self, observers: Sequence[Observer], **groups: Mapping[str, Any]) -> TrialRequest:
+        """All of its epochs as one trial that these observers watch to the end."""
+        settings = self.settings(**groups)
+        keys = tuple(
+            hashlib.sha256(f"{self.name} {epoch}".encode()).hexdigest()
+            for epoch in range(total_epochs(settings.strategy))
+        )
+        watches = tuple(Watch(observer, keys[-1:]) for observer in observers)
+        keep = frozenset(keys[-1:])
+        return TrialRequest(self.name, settings, 0, keys, 0, watches, keep=keep, cache=NO_CACHE, compute=COMPUTE)
+
+    def trial(self, request: TrialRequest, task: Task, store: Store) -> Trial:
+        """A trial over a store, from where the store has it."""
+        torch.set_num_threads(COMPUTE.threads)
+        return Trial(request, task, store, {"contents_digest": "contents", "index_digest": "index"})
 
 
 def opened(settings: Settings, folder: Path) -> Data:

@@ -1,11 +1,11 @@
 """Activations of frozen prefixes, computed once: pooled vectors for head-only training, tokens at a block boundary.
 
 Below a boundary that no training crosses, activations of a fixed image are constant; they are kept in a memory map
-that all rows, seeds and processes of a node share. Libraries choose their algorithms by the size of a batch, and with
-them the last bits; so a frozen prefix is always computed in batches of full size, the last one filled up. A probe on
-real batches checks that cached and fresh activations are equal to the bit, and measures that reading beats
-recomputing; where either fails, the prefix is recomputed and the reason is recorded. Every row carries a checksum,
-verified when it is first read.
+that all rows, seeds and processes of a node share, those of training images in every view that training shows.
+Libraries choose their algorithms by the size of a batch, and with them the last bits; so a frozen prefix is always
+computed in batches of full size, the last one filled up. A probe on real batches checks that cached and fresh
+activations are equal to the bit, and measures that reading beats recomputing; where either fails, the prefix is
+recomputed and the reason is recorded. Every row carries a checksum, verified when it is first read.
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ class Activations:
     def _cached_rows(self, position: int) -> Rows:
         """Pooled vectors are small, so the test split has them too; tokens are kept for what is read every epoch."""
         costs = self._task.costs
-        splits = ("train", "val", "test") if costs.pooled and position == costs.features else ("train", "val")
-        return np.sort(np.concatenate([self._task.rows(s) for s in splits]))
+        held_out = ("val", "test") if costs.pooled and position == costs.features else ("val",)
+        train = self._task.views.every(self._task.rows("train"))  # training shows them in every view
+        return np.sort(np.concatenate([train, *(self._task.rows(s) for s in held_out)]))
 
     def _open(self, model: StagedModel, position: int) -> PrefixCache:
         assert self._folder is not None
@@ -191,7 +192,8 @@ class Activations:
     def _publish(self, part: Path, folder: Path, position: int) -> None:
         """Move the finished files in place; the record comes last and is what makes the cache complete."""
         record = record_of(folder)
-        units = len(self._task.rows("train")) * self._task.costs.forward(IMAGES, position)
+        shown = len(self._task.rows("train")) * self._task.views.count
+        units = shown * self._task.costs.forward(IMAGES, position)
         for name in (DATA, ROWS):
             (part / name).replace(folder / name)
         part.rmdir()
@@ -212,8 +214,8 @@ class Activations:
     def _serves(self, model: StagedModel, cache: PrefixCache, position: int) -> bool:
         """Equal to fresh activations on shuffled batches of a full and of the last, partial size; and faster."""
         train = self._task.rows("train")
-        order = np.random.default_rng(position).permutation(train)
-        size = min(self._batch_size, len(order))
+        order = np.random.default_rng(position).permutation(self._task.views.every(train))
+        size = min(self._batch_size, len(train))
         partial = len(train) % self._batch_size or 1
         for rows in (order[:size], order[-partial:]):
             started = time.perf_counter()

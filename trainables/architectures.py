@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from trainables.conv_shapes import Part, Shape
+from trainables.conv_shapes import Part, Shape, Widths
 from trainables.costs import Costs, units
 
 Statistics = tuple[float, float, float]
@@ -31,20 +31,6 @@ DENSE_LAYERS = (6, 12, 24, 16)
 RESNET_LAYERS = (3, 4, 6, 3)
 VIT_PATCH, VIT_LAYERS = 16, 12
 DENSE_BLOCK = 6  # dense layers a block
-
-
-@dataclass(frozen=True)
-class Widths:
-    """How wide a network is built.
-
-    Attributes:
-        base: channels of ResNet's and DenseNet's first stage (64), DenseNet's growth being half of it; what Inception's
-            channels are divided by; a ViT's hidden width.
-        small: of the small form.
-    """
-
-    base: int
-    small: bool
 
 
 @dataclass(frozen=True)

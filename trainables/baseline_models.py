@@ -16,8 +16,9 @@ from timm.models import densenet, resnet, vision_transformer
 from timm.models.inception_v3 import InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 from torch import Tensor, nn
 
-from trainables.architectures import DENSE_LAYERS, RESNET_LAYERS, VIT_LAYERS, VIT_PATCH, Widths, dense_groups
+from trainables.architectures import DENSE_LAYERS, RESNET_LAYERS, VIT_LAYERS, VIT_PATCH, dense_groups
 from trainables.baseline_files import SEED, Baseline, encoder_tensors
+from trainables.conv_shapes import Widths
 from trainables.costs import IMAGES
 from trainables.inception_layers import INPUTS, SMALL_STEM
 from trainables.model_files import BackboneError

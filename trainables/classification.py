@@ -20,6 +20,7 @@ from trainables.metrics import class_aucs, macro, undefined
 from trainables.settings import Settings
 from trainables.task import Rows, Scores, StagedModel
 from trainables.transforms import image_transforms
+from trainables.views import Views
 
 
 def classification_costs(backbone: Backbone | Baseline, settings: Settings, classes: int) -> Costs:
@@ -52,6 +53,7 @@ class Classification:
         self._index = index
         self._images = images
         self._backbone = backbone
+        self.views = Views(len(index), settings.dataset.flips)
         self.classes = index.classes
         self.costs = classification_costs(backbone, settings, len(index.classes))
         self._labels = torch.from_numpy(index.labels.astype(np.float32))
@@ -75,7 +77,7 @@ class Classification:
 
     def inputs(self, rows: Rows, device: torch.device) -> Tensor:
         """(B, 3, S, S): pixels / 255, grey repeated to three channels, minus mean, over std."""
-        pixels = torch.from_numpy(self._images.pixels[rows]).to(device, non_blocking=True)
+        pixels = torch.from_numpy(self.views.pixels(self._images.pixels, rows)).to(device, non_blocking=True)
         x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0).expand(-1, 3, -1, -1)
         return (x - self._mean.to(device)) / self._std.to(device)
 
@@ -92,7 +94,7 @@ class Classification:
         L = −(1/M) Σ over labelled (b, c) of [ w_c · y · log σ(z) + (1 − y) · log(1 − σ(z)) ], M the number of labelled
         pairs of image and class in the batch (B · C where all are); 0 where none is.
         """
-        targets = self._labels[torch.from_numpy(rows)].to(outputs.device, non_blocking=True)
+        targets = self._labels[torch.from_numpy(self.views.image(rows))].to(outputs.device, non_blocking=True)
         if not self._masked:
             return functional.binary_cross_entropy_with_logits(outputs.float(), targets, pos_weight=class_weights)
         labelled = (targets != UNLABELLED).float()
@@ -124,4 +126,4 @@ class Classification:
 
     def transforms(self) -> dict[str, object]:
         """Size, fit and normalisation as applied."""
-        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std)
+        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std, self.views)

@@ -15,6 +15,20 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Widths:
+    """How wide a network is built.
+
+    Attributes:
+        base: channels of ResNet's and DenseNet's first stage (64), DenseNet's growth being half of it; what Inception's
+            channels are divided by; a ViT's hidden width.
+        small: of the small form.
+    """
+
+    base: int
+    small: bool
+
+
+@dataclass(frozen=True)
 class Part:
     """What one part of a network comes to.
 

@@ -20,6 +20,7 @@ from trainables.settings import Settings
 from trainables.task import Rows, Scores
 from trainables.transforms import image_transforms
 from trainables.ultralytics_models import Outputs, StagedDetector, Targets, build_detector
+from trainables.views import Views
 
 _CANDIDATES = 3000  # boxes an image that suppression looks at, highest scores first; COCO keeps 100
 
@@ -37,6 +38,7 @@ class Detection:
         self._images = images
         self._boxes = boxes
         self._detector = detector
+        self.views = Views(len(index), settings.dataset.flips)
         self._size = settings.dataset.image_size
         self._in_input = boxes.in_input(self._size, settings.dataset.fit)
         self.classes = boxes.classes
@@ -55,7 +57,7 @@ class Detection:
 
     def inputs(self, rows: Rows, device: torch.device) -> Tensor:
         """(B, 3, S, S): pixels / 255, grey repeated to three channels."""
-        pixels = torch.from_numpy(self._images.pixels[rows]).to(device, non_blocking=True)
+        pixels = torch.from_numpy(self.views.pixels(self._images.pixels, rows)).to(device, non_blocking=True)
         x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
         return ((x.expand(-1, 3, -1, -1) - self._mean.to(device)) / self._std.to(device)).contiguous()
 
@@ -138,11 +140,12 @@ class Detection:
 
     def transforms(self) -> dict[str, object]:
         """Size, fit and normalisation as applied."""
-        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std)
+        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std, self.views)
 
     def _truth(self, rows: Rows) -> Truth:
-        image, number = self._boxes.of(rows)
-        return Truth(len(rows), image, self._boxes.labels[number], self._in_input[number])
+        image, number = self._boxes.of(self.views.image(rows))
+        corners = self.views.corners(self._in_input[number], rows[image], self._size)
+        return Truth(len(rows), image, self._boxes.labels[number], corners)
 
     def _targets(self, rows: Rows, device: torch.device) -> Targets:
         truth = self._truth(rows)

@@ -96,10 +96,12 @@ def _boxes_digest(settings: Settings, index: Index) -> str:
 
 
 def _notes(settings: Settings) -> tuple[str, ...]:
+    data = settings.dataset
     notes = [
-        f"Detection: AP by faster-coco-eval as COCO defines it, at most {settings.detection.max_det} boxes an image "
-        "(maxDets), all sizes; classes without a box in the test split are undefined and left out of the means. "
-        "Precision and recall of a class at IoU 0.5 and at the score that maximises its F1 on the split itself.",
+        f"Detection: AP by faster-coco-eval as COCO defines it, on images of {data.image_size} px ({data.fit}), at "
+        f"most {settings.detection.max_det} boxes an image (maxDets), of all sizes; classes without a box in the test "
+        "split are undefined and left out of the means. Precision and recall at IoU 0.5, of the boxes whose score "
+        "reaches one threshold for all classes: that with the best mean F1 on the split itself.",
     ]
     if settings.weighting.enabled:
         notes.append("Class weights multiply the whole classification loss of a class, positives and negatives alike.")
@@ -117,7 +119,7 @@ def _opened_boxes(settings: Settings, data: Data) -> BoxTargets:
     Raises:
         DataError: the file of boxes does not hold the classes that the plan found.
     """
-    boxes = with_sizes(load_box_targets(settings, data.index, data.root), data.index, data.root)
+    boxes = with_sizes(load_box_targets(settings, data.index, data.root), data.index, data.images.sizes)
     planned = boxed_classes(settings, data.index)
     if boxes.classes != planned:
         raise DataError(f"{data.index.dataset}: boxes of {', '.join(boxes.classes)}, planned {', '.join(planned)}")

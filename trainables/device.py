@@ -10,6 +10,7 @@ import os
 import psutil
 import torch
 
+from trainables.device_memory import CONTEXT_BYTES, allowed_fraction
 from trainables.requests import Compute
 from trainables.results import TrainingError
 
@@ -17,8 +18,11 @@ from trainables.results import TrainingError
 REFUSALS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
-def start(compute: Compute) -> torch.device:
-    """Apply threads and determinism to this process and return the device.
+def start(compute: Compute, gpu_share: float = 1.0) -> torch.device:
+    """Apply threads and determinism to this process and return the device; what memory it takes is counted from here.
+
+    Args:
+        gpu_share: part of the GPU that this process was given; it can then take no more of its memory.
 
     Raises:
         TrainingError: a GPU is asked for and this process sees none.
@@ -34,6 +38,7 @@ def start(compute: Compute) -> torch.device:
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    _share_memory(gpu_share)
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -71,6 +76,26 @@ def memory_refused(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in REFUSALS)
+
+
+def _share_memory(gpu_share: float) -> None:
+    """Keep this process to its part of the GPU: what it would take from others is refused to it instead."""
+    _, card = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(allowed_fraction(gpu_share, card))
+    torch.cuda.reset_peak_memory_stats()
+
+
+def memory_taken(compute: Compute, gpu_share: float) -> tuple[int, int] | None:
+    """The most memory of its GPU that this process took since `start`, and all that the GPU has, bytes.
+
+    None on CPUs, and where the process has a part of a GPU: what others take cannot be told from its own there. The
+    peak is that of the allocator's reserve; what CUDA and its libraries take beside it is seen on the card as a whole.
+    """
+    if compute.device != "cuda" or gpu_share < 1:
+        return None
+    free, card = torch.cuda.mem_get_info()
+    beside = card - free - torch.cuda.memory_reserved()
+    return torch.cuda.max_memory_reserved() + max(beside, CONTEXT_BYTES), card
 
 
 def release_memory() -> None:

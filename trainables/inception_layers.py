@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
-from trainables.conv_shapes import Pair, Shape
-
-if TYPE_CHECKING:
-    from trainables.architectures import Widths
+from trainables.conv_shapes import Pair, Shape, Widths
 
 # A layer of a path: channels, kernel, stride, padding.
 Layer = tuple[int, int | Pair, int, int | Pair]

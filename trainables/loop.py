@@ -156,7 +156,8 @@ class Trajectory:
         loss_weights = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=self.device)
         losses: list[Tensor] = []
         effective: dict[str, Any] = {}
-        for step, rows in enumerate(batches):
+        for step, chosen in enumerate(batches):
+            rows = self.task.views.drawn(chosen, self.seed, self.epoch, step)
             self._set_rates(now, step, len(batches))
             if step == 0:
                 effective = self._read_back(now, loss_weights)

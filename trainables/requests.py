@@ -106,6 +106,8 @@ class TrialRequest:
         cache: which frozen prefixes may be cached.
         compute: device kind, threads and precision.
         mixed: go on from states of other hardware or library versions.
+        index: digest of the data set's table and split as they were planned with; empty: not compared.
+        gpu_share: part of a GPU that the worker was given; 1 and more: it has all of it.
     """
 
     name: str
@@ -118,6 +120,8 @@ class TrialRequest:
     cache: CacheRequest
     compute: Compute
     mixed: bool = False
+    index: str = ""
+    gpu_share: float = 1.0
 
     @property
     def last(self) -> int:

@@ -10,6 +10,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on, and would not if it were tried again; the cell fails with this message."""
 
 
+class MemoryRefusedError(TrainingError):
+    """Memory was refused, and would be again to a worker that is given no more of it."""
+
+
 @dataclass(frozen=True)
 class EpochRecord:
     """What one epoch of a trajectory did.
@@ -50,7 +54,7 @@ class CellResult:
         undefined: classes that the test split cannot measure.
         weights_sha256: of the evaluated weights; trajectory_sha256: of the raw weights after last_epoch.
         history: one record an epoch, up to last_epoch.
-        provenance: hardware, library versions and image contents.
+        provenance: hardware, library versions, image contents, and the memory that it took of a whole GPU.
     """
 
     observer: str

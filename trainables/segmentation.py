@@ -28,6 +28,7 @@ from trainables.settings import SegmentationSettings, Settings
 from trainables.strategy import stream
 from trainables.task import Rows, Scores
 from trainables.transforms import image_transforms
+from trainables.views import Views
 
 _AT_ONCE = 64  # images whose masks are unpacked together when scored
 
@@ -50,6 +51,7 @@ class Segmentation:
         self._images = images
         self._masks = masks
         self._files = files
+        self.views = Views(len(index), settings.dataset.flips)
         self.classes = masks.structures
         self.costs = costs
         self._memory = memory_rows(index, masks, settings.dataset.split_seed)
@@ -70,23 +72,30 @@ class Segmentation:
         return self._index.rows(split)
 
     def inputs(self, rows: Rows, device: torch.device) -> Tensor:
-        """(B, 6 + C, S, S): the image and its memory frame, normalised, and the memory frame's masks, 0 or 1."""
-        frames = self._memory[rows]
-        masks = torch.from_numpy(self._masks.of(frames)).to(device, non_blocking=True).float()
+        """(B, 6 + C, S, S): the image and its memory frame, normalised, and the memory frame's masks, 0 or 1.
+
+        A memory frame is seen in the view of its image: to remember a mirrored chest is what a mirrored one needs.
+        """
+        frames = self.views.alike(self._memory[self.views.image(rows)], rows)
+        masks = torch.from_numpy(self._masks_of(frames)).to(device, non_blocking=True).float()
         return torch.cat([self._pixels(rows, device), self._pixels(frames, device), masks], dim=1)
 
     def _pixels(self, rows: Rows, device: torch.device) -> Tensor:
-        pixels = torch.from_numpy(self._images.pixels[rows]).to(device, non_blocking=True)
+        pixels = torch.from_numpy(self.views.pixels(self._images.pixels, rows)).to(device, non_blocking=True)
         x = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0).expand(-1, 3, -1, -1)
         return (x - self._mean.to(device)) / self._std.to(device)
 
+    def _masks_of(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """(B, C, S, S) masks in the rows' views."""
+        return self.views.turned(self._masks.of(self.views.image(rows)), rows)
+
     def side_inputs(self, rows: Rows, device: torch.device, *, training: bool) -> Tensor:
         """(B, C, P, 2, 3) prompts in the order of `PROMPTS`; at evaluation the second is the oracle's."""
-        masks = self._masks.of(rows)
+        masks, images = self._masks_of(rows), self.views.image(rows)
         nothing = whole_image(self._masks.size)
         prompts = [
             [np.stack([nothing, self._drawn(mask, row, c, training)]) for c, mask in enumerate(of_row)]
-            for row, of_row in zip(rows.tolist(), masks, strict=True)
+            for row, of_row in zip(images.tolist(), masks, strict=True)
         ]
         return torch.from_numpy(np.array(prompts, np.float32)).to(device, non_blocking=True)
 
@@ -109,8 +118,8 @@ class Segmentation:
 
         w_c is the structure's class weight, 1 without weighting: it scales all that the structure adds to the loss.
         """
-        truth = torch.from_numpy(self._masks.of(rows)).to(outputs.device, non_blocking=True).float()
-        known = torch.from_numpy(self._masks.known[rows]).to(outputs.device, non_blocking=True).float()
+        truth = torch.from_numpy(self._masks_of(rows)).to(outputs.device, non_blocking=True).float()
+        known = torch.from_numpy(self._masks.known[self.views.image(rows)]).to(outputs.device).float()
         weights = known if class_weights is None else known * class_weights
         losses = mask_losses(self._full_size(outputs), truth.unsqueeze(2), self._settings.segmentation).mean(dim=2)
         return (weights * losses).sum() / known.sum().clamp(min=1)
@@ -175,7 +184,7 @@ class Segmentation:
     def transforms(self) -> dict[str, object]:
         """Size, fit, normalisation, prompts and masks as applied."""
         given = self._settings.segmentation
-        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std) | {
+        return image_transforms(self._images, self._settings.dataset.fit, self._mean, self._std, self.views) | {
             "prompts": {"training": ["whole image", f"noisy {given.prompt}"], "evaluation": list(PROMPTS)},
             "masks": dict(zip(self.classes, self._masks.known.sum(axis=0).tolist(), strict=True)),
         }

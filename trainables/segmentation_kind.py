@@ -83,13 +83,16 @@ def _masks_are_contents(settings: Settings, index: Index) -> str:
 def _notes(settings: Settings) -> tuple[str, ...]:
     kind = settings.segmentation.prompt
     notes = [
-        "Dice: 2·|A ∩ B| / (|A| + |B|) at the working size, mean over images of each structure, then over structures.",
+        f"Dice: 2·|A ∩ B| / (|A| + |B|) at {settings.dataset.image_size} px ({settings.dataset.fit}), mean over images "
+        "of each structure, then over structures.",
         "Each image is segmented from a memory: an image of the training split of another patient, with its masks, "
         "chosen by a hash of the image's name. The prompt is a box around the whole image, so nothing of an image's "
         "own masks reaches its prediction.",
         f"Figures named oracle come from a {kind} drawn from the image's own mask; nothing is chosen by them.",
         "SAM 2 without object pointers and without its score of whether there is an object.",
     ]
+    if settings.weighting.enabled:
+        notes.append("Class weights multiply all that their structure adds to the loss; they start from pixel counts.")
     if settings.model.backbone == "tiny-sam2":
         notes.append("tiny-sam2: its frozen parts were drawn at random and have learnt nothing.")
     else:

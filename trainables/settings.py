@@ -9,6 +9,7 @@ An *intervention* is a setting that influences the trajectory of the raw weights
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +18,7 @@ Task = Literal["classification", "detection", "segmentation"]
 Depth = Annotated[int, Field(ge=1, le=10_000)] | Literal["all"]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Flips = Literal["none", "horizontal", "vertical", "both"]
 
 
 class Frozen(BaseModel):
@@ -62,6 +64,21 @@ class SourceSettings(Frozen):
     channels: Literal[1, 3] | None = Field(
         None, description="csv, coco, yolo: 1 reads images as grey, 3 (default) as RGB"
     )
+    group_pattern: str | None = Field(
+        None,
+        min_length=1,
+        description="coco, yolo: regular expression whose first group (or all of it), as found in an image's name, "
+        "must not span two splits, such as the patient: '^[0-9]+'; default: every image is its own group",
+    )
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
 
 
 class TestOnSettings(SourceSettings):
@@ -82,6 +99,16 @@ class DatasetSettings(SourceSettings):
         "crop",
         description="crop: shorter side to image_size, centre crop; squash: both sides to image_size; letterbox: "
         "longer side to image_size, the rest filled with grey",
+    )
+    flips: Flips = Field(
+        "none",
+        description="training images are seen flipped at random, boxes and masks along: horizontal exchanges left and "
+        "right, vertical top and bottom; each flip with probability 1/2",
+    )
+    cache_gb: Positive | None = Field(
+        None,
+        description="most that decoded images may take in the storage, those of other data sets included, GB; without "
+        "effect on results; null: what is free on its disk",
     )
     drop_classes: tuple[str, ...] = Field((), description="classes left out of training and tables, by name")
     test_on: TestOnSettings | None = Field(
@@ -114,6 +141,7 @@ READING = frozenset(
         "label_separator",
         "encoding",
         "channels",
+        "group_pattern",
     }
 )
 

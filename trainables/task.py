@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainables.costs import Costs
 from trainables.strategy import Phase
+from trainables.views import Views
 
 Rows = npt.NDArray[np.intp]
 Outputs = Any  # a head's raw outputs: a tensor, or whatever of tensors the task's own loss and predictions take
@@ -71,6 +72,7 @@ class Task(Protocol):
     main_metric: str  # the metric that epochs are chosen by; higher is better
     classes: tuple[str, ...]
     costs: Costs
+    views: Views  # of training images; `inputs`, `side_inputs` and `loss` take rows in views, all else rows of images
 
     def build(self, seed: int) -> StagedModel:
         """The model with its initial weights: pretrained encoder, head drawn from the seed alone."""
@@ -79,7 +81,7 @@ class Task(Protocol):
         """Rows of a split, ascending."""
 
     def inputs(self, rows: Rows, device: torch.device) -> Tensor:
-        """Images as the model takes them, (B, 3, S, S) float32, normalised; a task may add a dimension of frames."""
+        """Images as the model takes them, (B, 3, S, S) float32, normalised; a task may add channels of its own."""
 
     def side_inputs(self, rows: Rows, device: torch.device, *, training: bool) -> SideInputs:
         """What the head takes beside activations: prompts, the truth that denoising queries start from; else None.

@@ -8,6 +8,7 @@ over: so a killed trial loses at most one epoch, and running it again is how it 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from trainables import device
 from trainables.activations import Activations
+from trainables.device_memory import GPU_MEMORY
 from trainables.loop import DivergedError, State, Trajectory
 from trainables.requests import CacheRequest, Observer, TrialRequest, Watch
 from trainables.results import CellResult, EpochRecord, TrainingError
@@ -90,7 +92,7 @@ class Trial:
         self._away: AwayTask | None = None
         self._task = task
         self._stash = stash
-        self._device = where = device.start(request.compute)
+        self._device = where = device.start(request.compute, request.gpu_share)
         self._provenance = provenance | {"hardware": device.hardware(request.compute), "torch": torch.__version__}
         folder = stash.cache_folder() if request.cache.positions else None
         batch_size = request.settings.optimiser.batch_size
@@ -117,6 +119,11 @@ class Trial:
         """Whether its epochs are over, every observer has stopped, or all its cells have their results already."""
         return self.epoch >= self.request.last or self._all_stopped() or all(map(self._resolved, self.request.watches))
 
+    @property
+    def gpu_memory(self) -> tuple[int, int] | None:
+        """The most memory that it took so far of a GPU that it has for itself, and all that the GPU has, bytes."""
+        return device.memory_taken(self.request.compute, self.request.gpu_share)
+
     def step(self) -> EpochRecord:
         """Train one epoch, save its state, and write the results that it completes.
 
@@ -136,8 +143,9 @@ class Trial:
         )
         self._write_results()
         self._forget(before)
-        if self.done:
-            self._forget(self.epoch)
+        if self.done:  # also what a worker that was cut off, and given up, has saved behind our back
+            for epoch in range(self.request.first + 1, self.epoch + 1):
+                self._forget(epoch)
         return record
 
     def _forget(self, epoch: int) -> None:
@@ -285,9 +293,17 @@ class Trial:
             trajectory_sha256=self._history[last_epoch - 1].trajectory_sha256,
             evaluation_units=self._trajectory.counted.evaluation - counted,
             history=self._history[:last_epoch],
-            provenance=provenance,
+            provenance=provenance | self._memory_on_record(),
         )
         return result, _npz(task.describe(predictions, rows)), weights
+
+    def _memory_on_record(self) -> dict[str, str]:
+        """For the next launch, which gives trials like it the part of a GPU that fits (see `study.gpu_shares`)."""
+        if (taken := self.gpu_memory) is None:
+            return {}
+        peak, card = taken
+        averages = len({watch.observer.copy for watch in self.request.watches if watch.observer.decay is not None})
+        return {GPU_MEMORY: json.dumps({"peak_bytes": peak, "card_bytes": card, "averages": averages})}
 
     def _away_task(self) -> AwayTask:
         if self._away is None:

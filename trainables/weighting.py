@@ -21,6 +21,9 @@ def initial_state(
 ) -> Weights:
     """u_c = boost_c · N_neg,c / (N_pos,c + 1e-6), normalised to mean 1 unless `normalise` is off.
 
+    Where every class is in every image, as in data sets of boxes of one class, frequency tells none from another, and
+    u_c = boost_c.
+
     Args:
         positives, negatives: (C,) counts in the training split alone.
         classes: C names; a boost of a class that is not among them is ignored here and refused by the study file.
@@ -29,8 +32,8 @@ def initial_state(
     Returns:
         (C,) float64 state.
     """
-    u = negatives / (positives + 1e-6) * np.array([s.boosts.get(name, 1.0) for name in classes])
-    return _normalised(u, s)
+    frequency = negatives / (positives + 1e-6) if np.any(negatives) else np.ones(len(classes))
+    return _normalised(frequency * np.array([s.boosts.get(name, 1.0) for name in classes]), s)
 
 
 def refine(u: Weights, quality: npt.NDArray[np.float64], s: WeightingSettings) -> Weights:
@@ -55,4 +58,7 @@ def training_weights(u: Weights, s: WeightingSettings) -> Weights:
 
 
 def _normalised(u: Weights, s: WeightingSettings) -> Weights:
-    return u / u.mean() if s.normalise else u
+    """Mean 1; where every class is in every image, and so all are 0, all are alike."""
+    if not s.normalise:
+        return u
+    return u / u.mean() if u.any() else np.ones_like(u)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from trainables.data.opened import Data, Folders, open_away, open_data
 from trainables.settings import Settings
 from trainables.task import Task
 from trainables.tasks import TASKS
+
+ALL = os.cpu_count() or 1  # for images that a machine has to decode first: every trial on it waits for them
 
 
 class Workbench:
@@ -18,10 +22,11 @@ class Workbench:
 
     def data(self, settings: Settings) -> Data:
         """The data set of these settings."""
-        at = settings.dataset.model_dump_json()
+        at = settings.dataset.model_dump_json(exclude={"flips"})  # all views are of the same pixels
         if self._data is None or self._data[0] != at:
             labels = TASKS[settings.task].labels_learnt
-            self._data = (at, open_data(settings.dataset, self._folders, labels_learnt=labels))
+            data = open_data(settings.dataset, self._folders, workers=ALL, labels_learnt=labels)
+            self._data = (at, data)
         return self._data[1]
 
     def task(self, settings: Settings) -> tuple[Task, dict[str, str]]:
@@ -35,7 +40,7 @@ class Workbench:
         """The task on the test images of `dataset.test_on`, and the digest of their contents."""
         at = settings.dataset.model_dump_json()
         if self._away is None or self._away[0] != at:
-            self._away = (at, open_away(settings.dataset, self._folders))
+            self._away = (at, open_away(settings.dataset, self._folders, workers=ALL))
         data = self._away[1]
         kind = TASKS[settings.task]
         return kind.open(settings, data), kind.contents(settings, data)

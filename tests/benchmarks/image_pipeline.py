@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,14 @@ from trainables.activations import Activations
 from trainables.data.decode import decode
 from trainables.data.images import ImageCache
 from trainables.data.index import Index
+from trainables.data.survey import survey_images
 from trainables.loop import Trajectory
 from trainables.requests import CacheRequest
+from trainables.settings import Flips
+from trainables.views import Views
 
 ORIGINAL, SIZE, BATCH = 1024, 224, 32  # px: a distributed radiograph, and what an encoder takes
+FLIPS: tuple[Flips, Flips] = ("none", "horizontal")
 LEAST_FASTER, LEAST_BUILDING, MOST_WAITING = 20.0, 1.5, 0.05
 
 
@@ -39,15 +43,30 @@ def image_pipeline(effort: Effort) -> Measured:
         )
         cache = ImageCache.open(index, storage / "data", image_size=SIZE, fit="crop", folder=storage / "kept")
         decoding = statistics.median(_decoding(paths) for _ in range(effort.repeats))
-        reading = statistics.median(_reading(cache, index) for _ in range(effort.repeats))
+        reading, flipped = (
+            statistics.median(_reading(cache, Views(len(index), flips)) for _ in range(effort.repeats))
+            for flips in FLIPS
+        )
+        busy = {
+            "plain pass": _processor(lambda: _plain_pass(paths)),
+            "building": _processor(lambda: _building(index, storage)),
+            "decoding": _processor(lambda: _decoding(paths)),
+            "reading": _processor(lambda: _reading(cache, Views(len(index)))),
+            "flipped reading": _processor(lambda: _reading(cache, Views(len(index), "horizontal"))),
+            "checking": _processor(lambda: _checking(index, paths)),
+        }
+        checking = statistics.median(_checking(index, paths) for _ in range(effort.repeats))
     waiting = [_waiting(effort) for _ in range(effort.repeats)]
     return Measured(
         {
             "images a second from the cache, one core": Figure(images / reading, "1/s"),
             "over decoding 1024 px PNGs": Figure(decoding / reading, "×", at_least=LEAST_FASTER),
+            "the same, flipped at random": Figure(decoding / flipped, "×", at_least=LEAST_FASTER),
             "building, over a plain pass of Pillow": Figure(
                 statistics.median(plain / ours for plain, ours in pairs), "×", at_least=LEAST_BUILDING
             ),
+            "building, processor time over the plain pass's": Figure(busy["building"] / busy["plain pass"], "×"),
+            "images a second that `check` decodes, all cores": Figure(images / checking, "1/s"),
             "waiting in an epoch of head training": Figure(statistics.median(waiting), "share", at_most=MOST_WAITING),
         },
         {
@@ -55,6 +74,9 @@ def image_pipeline(effort: Effort) -> Measured:
             "plain_and_building_seconds": pairs,
             "decoding_seconds": decoding,
             "reading_seconds": reading,
+            "flipped_reading_seconds": flipped,
+            "checking_seconds": checking,
+            "processor_seconds": busy,
             "waiting_shares": waiting,
         },
     )
@@ -107,13 +129,29 @@ def _decoding(paths: Sequence[Path]) -> float:
     return time.perf_counter() - started
 
 
-def _reading(cache: ImageCache, index: Index) -> float:
-    """Seconds for one epoch of shuffled batches, as far as float tensors."""
-    order = np.random.default_rng(1).permutation(len(index))
+def _reading(cache: ImageCache, views: Views) -> float:
+    """Seconds for one epoch of shuffled batches, as far as float tensors, as a task reads them."""
+    order = np.random.default_rng(1).permutation(views.images)
     started = time.perf_counter()
-    for first in range(0, len(order), BATCH):
-        torch.from_numpy(cache.pixels[order[first : first + BATCH]]).to(torch.float32).div_(255.0)
+    for step, first in enumerate(range(0, len(order), BATCH)):
+        rows = views.drawn(order[first : first + BATCH], 0, 0, step)
+        torch.from_numpy(views.pixels(cache.pixels, rows)).to(torch.float32).div_(255.0)
     return time.perf_counter() - started
+
+
+def _checking(index: Index, paths: Sequence[Path]) -> float:
+    """Seconds in which `check` opens all images, on all cores: decoded at full size, and hashed."""
+    started = time.perf_counter()
+    survey = survey_images(index, paths, os.cpu_count() or 1)
+    assert not survey.unreadable
+    return time.perf_counter() - started
+
+
+def _processor(work: Callable[[], float]) -> float:
+    """Processor seconds of a piece of work, of all its threads: unlike seconds, they do not count what else runs."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def _waiting(effort: Effort) -> float:

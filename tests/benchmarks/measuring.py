@@ -14,7 +14,7 @@ import psutil
 T = TypeVar("T")
 U = TypeVar("U")
 
-IDLE = 0.1  # share of all cores that may be busy with other work before a figure is doubted
+IDLE = 0.1  # share of its cores that may be busy with other work before a figure is doubted
 
 
 class Effort(NamedTuple):
@@ -91,7 +91,10 @@ def median_difference(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 class Load(NamedTuple):
-    """How busy the machine is: share of all cores now, and the system's average over the last minute."""
+    """How busy the cores are that a measurement may use: their share now, and the system's average of the last minute.
+
+    A measurement that is pinned to some cores (`taskset`) is disturbed by what runs there, and far less by the others.
+    """
 
     busy: float
     average: float
@@ -103,14 +106,17 @@ class Load(NamedTuple):
 
 
 def load_now(seconds: float = 2.0) -> Load:
-    """Watch the machine for some seconds, doing nothing."""
-    return Load(psutil.cpu_percent(seconds) / 100, os.getloadavg()[0])
+    """Watch the cores that this process may use for some seconds, doing nothing."""
+    each = psutil.cpu_percent(seconds, percpu=True)
+    ours = [each[core] for core in os.sched_getaffinity(0)]
+    return Load(statistics.mean(ours) / 100, os.getloadavg()[0])
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         "cores": os.cpu_count(),
+        "cores_used": len(os.sched_getaffinity(0)),
         "memory_gigabytes": round(psutil.virtual_memory().total / 1e9, 1),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

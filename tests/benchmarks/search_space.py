@@ -18,6 +18,7 @@ def search_overrides(trials: int, smallest: bool) -> dict[str, Any]:
     left_out = {f"strategy.{name}": None for name in FIXED} | {
         "optimiser.weight_decay": None,
         "weighting.normalise": None,
+        "weighting.clip": None,
         "ema.enabled": None,
     }
     chosen: dict[str, Any] = {

@@ -198,3 +198,14 @@ def test_plain_ray_tune_searches_as_many_configurations() -> None:
     assert told["plain Ray Tune / ours, whole command"].at_least == 4.0
     assert 0.4 < told["best validation macro AUC, ours"].value < 1
     assert 0.4 < told["best validation macro AUC, plain"].value < 1
+
+
+@pytest.mark.slow
+def test_a_whole_search_is_timed_up_to_the_table_of_its_winners() -> None:
+    measured = MEASUREMENTS["search"].run(SMALLEST)
+    assert measured.figures["whole command"].at_most == 360
+    assert measured.figures["most memory of all processes"].value > 0.2
+    assert measured.facts["trials"] == {"FINISHED": 5}
+    assert measured.facts["trajectories"] == 1
+    assert "Default (0 trials)" in measured.facts["table"]
+    assert "of 5 trials" in measured.facts["table"]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from study.store import Store
 from tests.detection_extra import needs_detection
 from tests.task_cases import CASES, CPU, IMAGES, Case, opened
 from trainables.costs import IMAGES as PIXELS
-from trainables.requests import CacheRequest
+from trainables.requests import CacheRequest, Observer
 from trainables.results import EpochRecord
 from trainables.settings import Task as TaskName
 from trainables.strategy import total_epochs
@@ -23,6 +24,7 @@ from trainables.tasks import TASKS
 
 EPOCHS = 3  # of the head, then k = 2 and 4 blocks
 EMA = {"ema": (0.9, 2.0)}
+FLIPS = {"flips": "both"}
 
 
 # Their rules are those of YOLO, and of ResNet50, which stands for the encoders with batch norms.
@@ -133,6 +135,13 @@ def test_frozen_weights_and_buffers_stand_still_and_unfrozen_blocks_move(case: C
         assert moved <= may_move
         for part in trained:
             assert moved & {names[id(p)] for p in part.parameters()}, "an unfrozen part did not train"
+        statistics = {
+            names[id(x)]
+            for part in trained
+            for n, x in part.named_buffers()
+            if n.endswith(("running_mean", "running_var"))
+        }
+        assert statistics <= moved, "a batch norm that trains follows its batches"
         frozen = [p for name, p in t.model.module().named_parameters() if name not in may_move]
         assert all(p.grad is None and not p.requires_grad for p in frozen)
 
@@ -166,6 +175,39 @@ def test_a_run_taken_up_after_any_epoch_is_the_unbroken_one(
         assert facts(second.train_epoch()) == facts(expected)
 
 
+def test_a_run_begun_anew_after_every_epoch_keeps_weights_averages_and_results_to_the_bit(
+    case: Case, task: Task, tmp_path: Path
+) -> None:
+    """Through files, as after a crash: the state, the class weights and the averaged copies all come back."""
+    request = case.request((Observer(None, 0.0, None), Observer(0.9, 2.0, None)), weighting={"enabled": True})
+    whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
+    unbroken = case.trial(request, task, whole)
+    for epoch in range(EPOCHS):
+        unbroken.step()
+        trial = case.trial(request, task, broken)
+        assert trial.epoch == epoch
+        torch.manual_seed(epoch)  # what the process before left in the generator is gone
+        trial.step()
+    assert unbroken.done and trial.done
+    leaf = request.keys[-1]
+    ours, theirs = (store.newest([leaf], lambda _: True) for store in (broken, whole))
+    assert ours is not None and theirs is not None
+    assert ours.state.class_state == theirs.state.class_state is not None
+    assert ours.state.averages == theirs.state.averages
+    assert ours.state.tensors.keys() == theirs.state.tensors.keys()
+    assert all(torch.equal(tensor, theirs.state.tensors[name]) for name, tensor in ours.state.tensors.items())
+    for watch in request.watches:
+        mine, other = (store.load_result(leaf, watch.observer.name) for store in (broken, whole))
+        assert mine is not None and other is not None
+        assert mine.metrics == other.metrics
+        with (
+            np.load(broken.predictions(leaf, watch.observer.name)) as a,
+            np.load(whole.predictions(leaf, watch.observer.name)) as b,
+        ):
+            assert a.files == b.files
+            assert all(a[name].tobytes() == b[name].tobytes() for name in a.files)
+
+
 def test_cached_prefixes_change_no_bit(case: Case, task: Task, history: list[EpochRecord], tmp_path: Path) -> None:
     blocks = len(task.costs.blocks)
     positions = tuple(p for p in (task.costs.features, *range(blocks)) if task.costs.worth_keeping(p))
@@ -177,6 +219,52 @@ def test_cached_prefixes_change_no_bit(case: Case, task: Task, history: list[Epo
         assert record.cache is not None
         assert record.units < expected.units
         assert (record.trajectory_sha256, record.metrics) == (expected.trajectory_sha256, expected.metrics)
+
+
+@pytest.fixture(scope="module")
+def flipping(case: Case, drawn: Path) -> Task:
+    """The same task with training images that are flipped at random."""
+    return case.open(drawn, dataset=FLIPS)
+
+
+def test_views_are_the_same_pixels_turned_and_decoded_no_second_time(
+    case: Case, task: Task, flipping: Task, drawn: Path
+) -> None:
+    opened(case.settings(), drawn)
+    assert opened(case.settings(dataset=FLIPS), drawn).images.decoded == 0
+    rows = task.rows("train")[:3]
+    plain, (mirrored, both) = task.inputs(rows, CPU), (rows + flipping.views.images * v for v in (1, 3))
+    assert torch.equal(flipping.inputs(rows, CPU), plain)
+    assert torch.equal(flipping.inputs(mirrored, CPU), plain.flip(-1))
+    assert torch.equal(flipping.inputs(both, CPU), plain.flip(-1, -2))
+    for split in IMAGES:
+        assert np.array_equal(flipping.rows(split), task.rows(split)), "validation and test see images as they are"
+
+
+def test_flips_train_something_else_the_same_again_and_with_cached_prefixes_to_the_bit(
+    case: Case, flipping: Task, history: list[EpochRecord], tmp_path: Path
+) -> None:
+    weighted = {"weighting": {"enabled": True, "eta": 2.0}, "dataset": FLIPS}
+    t = case.trajectory(flipping, **weighted)
+    expected = [t.train_epoch()]
+    broken_off = t.state()
+    expected += [t.train_epoch() for _ in range(EPOCHS - 1)]
+    assert [r.trajectory_sha256 for r in expected] != [r.trajectory_sha256 for r in history]
+    assert "flips" in str(expected[0].effective["transforms"])
+    taken_up = case.trajectory(flipping, **weighted)
+    taken_up.restore(broken_off)
+    assert facts(taken_up.train_epoch()) == facts(expected[1])
+    blocks = len(flipping.costs.blocks)
+    positions = tuple(p for p in (flipping.costs.features, *range(blocks)) if flipping.costs.worth_keeping(p))
+    cached = case.trajectory(
+        flipping, **weighted, cache=CacheRequest("flipped", positions, when="always"), folder=tmp_path
+    )
+    for wanted in expected:
+        record = cached.train_epoch()
+        assert record.events == []
+        assert record.cache is not None
+        assert record.units < wanted.units, "no image is computed anew, whatever the view"
+        assert (record.trajectory_sha256, record.metrics) == (wanted.trajectory_sha256, wanted.metrics)
 
 
 def test_averaged_copies_only_look(case: Case, task: Task, history: list[EpochRecord]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.ray_nodes import RayNode, RayNodes, ray_nodes
+from tests.ray_nodes import RAY, RayNode, RayNodes, ray_nodes
 from tests.studies_for_tests import ROOT, TINY, run_study
 from trainables.data.registry import load_index, prepare
 from trainables.settings import DatasetSettings
@@ -200,3 +200,33 @@ def test_when_nodes_die_their_stages_go_on_elsewhere_and_every_bit_is_the_same(n
 def trains(node: RayNode) -> bool:
     """Whether a trial runs on a node."""
     return bool(node.workers("ray::TrialActor.train"))
+
+
+# ----------------------------------------------------------------------------------------------- nodes that are to come
+
+
+@pytest.mark.slow
+def test_what_an_autoscaler_is_to_bring_nodes_for_is_asked_of_ray_before_there_is_one(tmp_path: Path) -> None:
+    """No node can hold a trial yet: without the setting that is refused, with it as many wait in Ray as it says."""
+    with ray_nodes(workers=0) as cluster:
+        said = refusal(tmp_path, cluster.address, environment=cluster.environment, seconds=15)
+        assert "a trial asks for 1 CPU, no node of the cluster has that" in said
+        assert "execution.autoscale_to" in said
+        options = ("-o", "execution.autoscale_to=2")
+        with launched(tmp_path, cluster.address, *options, environment=cluster.environment) as told:
+            told.wait_for(lambda: "waiting for one" in told.words)
+            told.wait_for(lambda: asked_of_ray(cluster) == 2)
+            assert not any((tmp_path / "storage" / "states").glob("*"))
+            cluster.start_worker()
+            told.process.wait(timeout=600)
+        assert told.process.returncode == 0, told.words
+    cells = pd.read_csv(tmp_path / "storage" / "ablation" / "report" / "cells.csv")
+    assert len(cells) == 8 and set(cells["status"]) == {"FINISHED"}
+
+
+def asked_of_ray(cluster: RayNodes) -> int:
+    """How many trials wait for a node, as Ray tells an autoscaler."""
+    command = [RAY, "status", f"--address={cluster.address}"]
+    status = subprocess.run(command, env=os.environ | cluster.environment, capture_output=True, text=True, check=False)
+    demands = re.findall(r"\{'CPU': 1\.0\} \* 1 \(PACK\): (\d+)\+ pending placement groups", status.stdout)
+    return sum(map(int, demands))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -20,9 +22,11 @@ import pytest
 from rich.console import Console
 
 from analysis import schema
+from study import search_session
 from study.chains import Chain
 from study.documents import StudyError
 from study.driver import RunOptions, run_plan
+from study.places import Address
 from study.plan import make_plan
 from study.running import Launch as Options
 from study.search import TrialFacts, Trials
@@ -32,6 +36,7 @@ from study.searching import SearchLaunch, ablate_best, run_search
 from study.spec import Choices, Study, find_study, load_study
 from study.store import Store
 from tests.launches import launched
+from tests.postgres_servers import PASSWORD, postgres, why_not
 from tests.studies_for_tests import ROOT, TINY
 
 pytestmark = pytest.mark.slow
@@ -48,6 +53,22 @@ SMALL: Mapping[str, Any] = {
     "search.confirm": 0,
 }
 TYPED = {key: json.dumps(value) for key, value in SMALL.items()}  # as on a command line
+LEFT_OUT = ("unfreezing", "depth", "step", "head_epochs", "tune_epochs")
+# The default, then rates of stage 2 that wreck the encoder; one of four looks at a rung goes on.
+WRECKING = TYPED | {
+    "search.parameters": json.dumps(
+        {
+            **{f"strategy.{name}": None for name in LEFT_OUT},
+            **{f"weighting.{name}": None for name in ("enabled", "eta", "normalise", "clip")},
+            **{f"optimiser.{name}": None for name in ("head_lr", "weight_decay", "tune_head_lr")},
+            "optimiser.encoder_lr": {"choices": [1, 400, 800, 1600], "times": "optimiser.encoder_lr"},
+            "ema.decay": SMALL["search.parameters"]["ema.decay"],
+        }
+    ),
+    "search.trials": json.dumps(4 * LOOKS),
+    "search.sampler": json.dumps("random"),
+    "search.reduction": json.dumps(4),
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,7 @@ def declared(overrides: Mapping[str, Any]) -> Study:
 
 def searched(storage: Path, **more: Any) -> Searched:
     study = declared({**SMALL, **{f"search.{name}": value for name, value in more.items()}})
-    status = run_search(study, SearchLaunch(Options(storage, executor="local")))
+    status = run_search(study, SearchLaunch(Options(Address(storage), executor="local")))
     return Searched(storage, Search.of(study), status)
 
 
@@ -93,9 +114,27 @@ def runs_of(storage: Path, study: str = "search") -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], max_results=1000))
 
 
+def artifacts_of(storage: Path, run_id: str) -> set[str]:
+    """Names of the files of the search's report that a run holds."""
+    client = mlflow.MlflowClient(f"sqlite:///{storage.resolve() / 'mlflow.db'}")
+    return {Path(file.path).name for file in client.list_artifacts(run_id, "search")}
+
+
 def statuses(storage: Path) -> Counter[str]:
     """Of the trials, as the ledger has them."""
     return Counter(r.data.tags[schema.TAG_STATUS] for r in runs_of(storage) if schema.TAG_STATUS in r.data.tags)
+
+
+def tune_results(storage: Path) -> list[dict[str, Any]]:
+    """The last result of every trial of Ray Tune, from its own record of the experiment."""
+    (record,) = (storage / "tune" / "trials").glob("experiment_state-*.json")
+    trials = json.loads(record.read_text())["trial_data"]
+    return [json.loads(metadata)["last_result"] for _, metadata in trials]
+
+
+def number_of(row: str) -> int:
+    """Number of the trial that a row of the confirmation trains again."""
+    return int(row.rpartition("(trial ")[2].rstrip(")"))
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +188,8 @@ def test_the_ledger_has_one_run_a_trial_below_one_parent_and_no_test_figure(undi
     best = undisturbed.kept().best()[0]
     (run,) = [run for run in trials if run.data.tags[schema.TAG_ROW] == f"trial {best.number}"]
     assert run.data.metrics["best/val/macro_auc"] == best.values[0]
-    client = mlflow.MlflowClient(f"sqlite:///{undisturbed.storage.resolve() / 'mlflow.db'}")
-    assert "search/report.html" in {file.path for file in client.list_artifacts(parent.info.run_id, "search")}
+    files = artifacts_of(undisturbed.storage, parent.info.run_id)
+    assert files >= {"report.html", "trials.csv", "search-history.png", "search-slices.svg"}
 
 
 def test_a_finished_search_that_is_run_again_trains_and_changes_nothing(undisturbed: Searched) -> None:
@@ -184,15 +223,91 @@ def test_a_search_that_is_killed_again_and_again_gives_the_trials_of_one_that_is
     assert len(keys) == len(set(keys)) == 1 + len(undisturbed.trials)
 
 
-def test_ray_tells_every_trial_and_ends(undisturbed: Searched, tmp_path: Path) -> None:
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_a_search_that_postgres_keeps_is_killed_goes_on_and_is_that_of_the_journal(
+    undisturbed: Searched, tmp_path: Path
+) -> None:
+    with postgres() as server:
+        kept, known = ("--optuna-storage", server.shown_url), {"PGPASSWORD": PASSWORD}
+        with launched(tmp_path, *kept, study="search", overrides=TYPED, environment=known) as launch:
+            launch.until(lambda: any(tmp_path.glob("results/*/*/result.json")))
+            launch.send(signal.SIGKILL)
+            assert launch.wait() == -signal.SIGKILL, "it was to be killed on the way"
+        with launched(tmp_path, *kept, study="search", overrides=TYPED, environment=known) as launch:
+            assert launch.wait() == 0, launch.output
+        assert (tmp_path / "search" / "report" / "trials.csv").read_text() == undisturbed.csv()
+        assert statuses(tmp_path) == Counter(t.status for t in undisturbed.trials)
+        with launched(
+            tmp_path, *kept, "--plan", "--json", study="ablate-best", overrides=TYPED, environment=known
+        ) as launch:
+            assert launch.wait() == 0, launch.output
+            assert json.loads(launch.output)["study"] == "search-ablation"
+    assert not (tmp_path / "search" / "optuna.log").exists(), "no journal beside it"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in written if PASSWORD.encode() in path.read_bytes()] == []
+
+
+def test_pruned_is_pruned_in_ray_in_optuna_and_in_the_ledger(undisturbed: Searched, tmp_path: Path) -> None:
+    """After the default come rates that wreck the encoder: all that is tried of them, but one at most, ends early."""
+    with launched(tmp_path, study="search", overrides=WRECKING, executor="ray") as launch:
+        assert launch.wait() == 0, launch.output
+    after = Searched(tmp_path, Search.of(declared({key: json.loads(value) for key, value in WRECKING.items()})), 0)
+    trials = after.trials
+    assert len(trials) == after.search.settings.trials
+    assert {t.status for t in trials} == {"FINISHED", "PRUNED"}
+    assert [t.values for t in trials[:LOOKS]] == [t.values for t in undisturbed.trials[:LOOKS]], "the default's bits"
+    leaves = {number: chain.leaf for number, chain in after.chains().items()}  # equal trials have one
+    pruned = {leaves[t.number] for t in trials if t.status == "PRUNED"}
+    assert len(pruned) >= 2
+    assert not {leaves[t.number] for t in trials if t.status == "FINISHED"} & pruned
+    assert {t.state.name for t in after.kept().study.trials} == {"COMPLETE", "PRUNED"}
+    ends = Counter(one["outcome"] for one in tune_results(tmp_path))
+    assert ends["PRUNED"] == len(pruned), "a trajectory's last trial in Ray"
+    assert set(ends) == {"FINISHED", "PRUNED"}
+    assert statuses(tmp_path) == Counter(t.status for t in trials)
+    ledger = Counter(r.info.status for r in runs_of(tmp_path) if r.data.tags.get(schema.TAG_STATUS) == "PRUNED")
+    assert ledger == {"KILLED": len([t for t in trials if t.status == "PRUNED"])}, "what MLflow has for it"
+    assert not (tmp_path / "search-confirm").exists()
+
+
+def test_a_search_through_ray_whose_driver_is_killed_goes_on_and_has_each_trial_once(tmp_path: Path) -> None:
+    with launched(tmp_path, study="search", overrides=TYPED, executor="ray") as launch:
+        launch.until(lambda: any(tmp_path.glob("results/*/*/result.json")))
+        end = time.monotonic() + random.Random(3).uniform(0.0, 1.0)
+        launch.until(lambda: time.monotonic() >= end)
+        launch.send(signal.SIGKILL)
+        assert launch.wait() == -signal.SIGKILL, "it was to be killed on the way"
+        assert launch.leaves_nothing_behind(within=30)
+    search = Search.of(declared(SMALL))
+    before = Searched(tmp_path, search, 0).trials
     with launched(tmp_path, study="search", overrides=TYPED, executor="ray") as launch:
         assert launch.wait() == 0, launch.output
-    after = Searched(tmp_path, undisturbed.search, 0)
-    assert len(after.trials) == undisturbed.search.settings.trials
-    assert {t.status for t in after.trials} <= {"FINISHED", "PRUNED"}
-    assert statuses(tmp_path) == Counter(t.status for t in after.trials)
-    first = after.trials[0]
-    assert (first.chosen, first.values) == (undisturbed.trials[0].chosen, undisturbed.trials[0].values)
+    trials = Searched(tmp_path, search, 0).trials
+    assert [t.number for t in trials] == list(range(search.settings.trials))
+    assert [(t.number, t.chosen, t.trajectory) for t in trials[: len(before)]] == [
+        (t.number, t.chosen, t.trajectory) for t in before
+    ]
+    assert [t for t in trials[: len(before)] if before[t.number].status != "RUNNING"] == [
+        t for t in before if t.status != "RUNNING"
+    ]
+    assert {t.status for t in trials} <= {"FINISHED", "PRUNED"}
+    assert statuses(tmp_path) == Counter(t.status for t in trials)
+    keys = [run.data.tags[schema.TAG_KEY] for run in runs_of(tmp_path)]
+    assert len(keys) == len(set(keys)) == 1 + len(trials)
+
+
+def test_a_search_whose_time_is_up_begins_nothing_more_and_goes_on_when_asked_again(
+    undisturbed: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = declared(SMALL)
+    clock = itertools.count()  # a second passes between two looks at it
+    stopped_clock = SimpleNamespace(monotonic=lambda: next(clock), time_ns=time.time_ns)
+    monkeypatch.setattr(search_session, "time", stopped_clock)
+    assert run_search(study, SearchLaunch(Options(Address(tmp_path), executor="local"), seconds=1.5)) == 0
+    first = Searched(tmp_path, Search.of(study), 0)
+    assert [t.trajectory for t in first.trials] == [0] * LOOKS, "the second trajectory would have begun too late"
+    assert {t.status for t in first.trials} == {"FINISHED"}
+    assert searched(tmp_path).csv() == undisturbed.csv()
 
 
 def test_winners_are_confirmed_over_seeds_that_did_not_choose_them(
@@ -208,14 +323,13 @@ def test_winners_are_confirmed_over_seeds_that_did_not_choose_them(
     default, winner = dict.fromkeys(cells["row"])
     assert default == "Default (0 trials)"
     assert f"of {len(undisturbed.trials)} trials (trial " in winner
+    assert undisturbed.trials[number_of(winner)].status == "FINISHED", "no pruned trial comes into a table"
     said = capsys.readouterr().out
     assert "Δ ± 95 %" in said
     assert f"of {len(undisturbed.trials)} trials" in said
 
-    status = ablate_best(
-        declared({**SMALL, "seeds": [0]}), SearchLaunch(Options(undisturbed.storage, executor="local"))
-    )
-    assert status == 0
+    with launched(undisturbed.storage, study="ablate-best", overrides={**TYPED, "seeds": "[0]"}) as launch:
+        assert launch.wait() == 0, launch.output
     ablation = pd.read_csv(undisturbed.storage / "search-ablation" / "report" / "cells.csv")
     rows = list(dict.fromkeys(ablation["row"]))
     assert rows[0].startswith("No. 1 of")
@@ -223,13 +337,32 @@ def test_winners_are_confirmed_over_seeds_that_did_not_choose_them(
     assert ablation["status"].eq("FINISHED").all()
 
 
-def test_several_objectives_are_told_and_nothing_is_pruned(tmp_path: Path) -> None:
-    ran = searched(tmp_path, trials=2 * LOOKS, pruner="none", objectives=["metric", "units"])
+def test_several_objectives_are_told_nothing_is_pruned_and_the_front_is_drawn_and_confirmed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = searched(tmp_path, pruner="none", objectives=["metric", "units"], confirm=2)
+    assert ran.status == 0
     chains = ran.chains()
     for trial in ran.trials:
         assert trial.status == "FINISHED"
         assert trial.values[1] == sum(chains[trial.number].course.units())
-    assert (tmp_path / "search" / "report" / "figures" / "search-pareto.png").stat().st_size > 5_000
+    front = [t for t in ran.trials if not any(_dominates(other, t) for other in ran.trials)]
+    assert {t.number for t in ran.kept().best()} == {t.number for t in front}
+    names = [f"{what}-{i}" for what in ("history", "importances", "slices") for i in (0, 1)] + ["pareto"]
+    for file in (tmp_path / "search" / "report" / "figures" / f"search-{name}.png" for name in names):
+        assert file.stat().st_size > 5_000
+    page = (tmp_path / "search" / "report" / "report.html").read_text()
+    for title in ("validation macro AUC against training units", "What training units depends on", "Pareto front"):
+        assert title in page
+    (parent,) = [run for run in runs_of(tmp_path) if run.data.tags[schema.TAG_KIND] == "row"]
+    assert artifacts_of(tmp_path, parent.info.run_id) >= {f"search-{name}.png" for name in names}
+    winners = set(pd.read_csv(tmp_path / "search-confirm" / "report" / "cells.csv")["row"]) - {"Default (0 trials)"}
+    assert {number_of(row) for row in winners} <= {t.number for t in front}
+
+
+def _dominates(one: TrialFacts, other: TrialFacts) -> bool:
+    """As good in both objectives (metric: larger, units: smaller) and better in one of them."""
+    return one.values[0] >= other.values[0] and one.values[1] <= other.values[1] and one.values != other.values
 
 
 def test_a_trial_that_diverges_fails_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -240,7 +373,7 @@ def test_a_trial_that_diverges_fails_and_the_search_goes_on(tmp_path: Path) -> N
     assert all("lower optimiser.encoder_lr" in t.error for t in ran.trials)
     assert statuses(tmp_path) == {"FAILED": len(ran.trials)}
     with pytest.raises(StudyError, match="no finished trial yet"):
-        ablate_best(ran.search.study, SearchLaunch(Options(tmp_path, executor="local")))
+        ablate_best(ran.search.study, SearchLaunch(Options(Address(tmp_path), executor="local")))
 
 
 @pytest.mark.parametrize("command", ["report", "verify"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from fault_checks import EpochsSaved, every_run_once, same_results
 from study.documents import StudyError
 from tests.launches import Launch, completed, launched
 from tests.mlflow_servers import Server
+from tests.postgres_servers import PASSWORD, postgres
+from tests.postgres_servers import why_not as no_postgres
 from tests.studies_for_tests import ROOT, Ran, run_study
 from trainables.data.index import DataError
 
@@ -233,30 +236,59 @@ def test_a_damaged_split_is_refused_and_named(undisturbed: Ran, tmp_path: Path) 
 # ----------------------------------------------------------------------------------------------------- the ledger
 
 
+MINUTE = 60.0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_training_goes_on_while_the_mlflow_server_is_away_for_thirty_seconds(undisturbed: Ran, tmp_path: Path) -> None:
-    server, storage = Server(tmp_path), tmp_path / "storage"
+def test_training_goes_on_while_the_mlflow_server_is_away_for_a_minute(undisturbed: Ran, tmp_path: Path) -> None:
+    server = Server(tmp_path)
     server.start()
     try:
-        saved = EpochsSaved(storage)
-        with launched(storage, "--tracking-uri", server.uri) as launch:
-            assert launch.until(trains(storage), 600)
-            server.stop()
-            before = saved.total
-            time.sleep(30)
-            trained = saved.total - before
-            server.start()
-            assert launch.wait(600) == 0, launch.output
-        saved.stop()
-        assert trained >= 1, "epochs were finished meanwhile"
-        away, back = (launch.output.count(f"the ledger is {where}") for where in ("away (", "back after "))
-        assert 1 <= away == back <= 2, "said once; twice where a server that stops still answers in between"
-        assert "Traceback" not in launch.output
-        same_results(storage, undisturbed, server.uri)
-        every_run_once(server.uri, undisturbed.plan)
+        trained_while_away(server, server.stop, server.start, undisturbed, tmp_path / "storage")
     finally:
         server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(no_postgres() is not None, reason=str(no_postgres()))
+def test_training_goes_on_while_the_database_of_the_mlflow_server_is_away_for_a_minute(
+    undisturbed: Ran, tmp_path: Path
+) -> None:
+    with postgres() as database:
+        server = Server(tmp_path, database.url)
+        server.start()
+        try:
+            crash = partial(database.stop, at_once=True)
+            said = trained_while_away(server, crash, database.start, undisturbed, tmp_path / "storage")
+            assert PASSWORD not in said
+        finally:
+            server.stop()
+
+
+def trained_while_away(
+    server: Server, stop: Callable[[], None], start: Callable[[], None], undisturbed: Ran, storage: Path
+) -> str:
+    """Take the ledger away for a minute of a study; what the study said."""
+    saved = EpochsSaved(storage)
+    with launched(storage, "--tracking-uri", server.uri) as launch:
+        assert launch.until(trains(storage), 600)
+        stop()
+        before = saved.total
+        time.sleep(MINUTE)
+        trained = saved.total - before
+        assert launch.running, "it waits for the ledger"
+        start()
+        assert launch.wait(600) == 0, launch.output
+    saved.stop()
+    assert trained >= 1, "epochs were finished meanwhile"
+    away, back = (launch.output.count(f"the ledger is {where}") for where in ("away (", "back after "))
+    assert 1 <= away == back <= 2, "said once; twice where a server that stops still answers in between"
+    assert "Traceback" not in launch.output
+    same_results(storage, undisturbed, server.uri)
+    every_run_once(server.uri, undisturbed.plan)
+    return launch.output
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ def test_every_task_has_a_space_that_holds_what_a_search_is_for(task: Task) -> N
         "optimiser.weight_decay",
         "weighting.enabled",
         "weighting.eta",
+        "weighting.normalise",
+        "weighting.clip",
         "ema.enabled",
         "ema.decay",
     }

@@ -156,6 +156,7 @@ def test_a_pruned_trajectory_ends_at_its_rung_and_others_go_on(tmp_path: Path) -
     assert [span for of, span in trained if of == ("c",)] == [(2, 3), (3, 4), (4, 6)]
     assert (("b",), 3) in search.asked_at_rungs
     assert search.schedule.finished
+    assert [(names(n), n.request.last) for n in search.schedule.nodes if n.pruned] == [(("b",), 4)]
 
 
 def test_the_state_of_a_rung_is_kept_until_the_trajectory_has_left_it(tmp_path: Path) -> None:

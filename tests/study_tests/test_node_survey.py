@@ -12,6 +12,7 @@ import pytest
 from study.chains import sources_digest
 from study.node_survey import Wanted, differences, look, wanted
 from study.ray_environment import address_fault
+from tests.object_stores import address_of, object_store
 from trainables.backbone_files import SHIPPED
 
 
@@ -32,7 +33,7 @@ def test_where_all_is_in_place_nothing_differs_and_the_note_is_taken_away_again(
         seen = look(asked)
         assert differences("node 1", asked, seen, seen) == []
         assert seen.sources == sources_digest()
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_everything_that_differs_is_said_at_once_with_node_place_and_remedy(asked: Wanted) -> None:
@@ -73,6 +74,22 @@ def test_a_folder_of_the_same_name_with_other_files_is_another_one(asked: Wanted
         f"data root {asked.data[0]} has 2 entries there, here 1; mount or copy it to the same place on all nodes",
         f"encoder {asked.encoders[0]} is another one there",
     ]
+
+
+def test_a_node_that_uses_another_object_store_or_may_not_use_it_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with object_store(tmp_path / "own") as server, wanted(address_of(server), [], []) as asked:
+        here = look(asked)
+        assert differences("node 1", asked, here, here) == []
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        (problem,) = differences("node 7", asked, here, look(asked))
+        assert problem.startswith(f"node 7: --storage {server.uri}: the store cannot be reached (")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+        server.delete(asked.note)
+        (problem,) = differences("node 7", asked, here, look(asked))
+        assert problem.startswith(f"node 7: --storage {server.uri}: is another store there; give all nodes")
+        assert not [name for name in server.objects() if name.startswith("partial")]
 
 
 def test_a_storage_without_the_note_is_another_one(asked: Wanted) -> None:

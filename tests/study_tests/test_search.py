@@ -15,7 +15,7 @@ import pytest
 from search_spaces.space import Parameter, Space, resolve
 from study.documents import StudyError
 from study.interrupts import StudyHaltedError
-from study.search import TrialFacts, Trials
+from study.search import TRAJECTORY, TrialFacts, Trials
 from study.search_settings import SearchSettings
 from study.search_storage import JOURNAL, Place, check_place, default_place, storage_watched
 from trainables.settings import Settings
@@ -142,6 +142,36 @@ def test_the_sampler_learns(tmp_path: Path) -> None:
     early = [t.values[0] for t in trials if 3 <= t.number < 21]
     late = [t.values[0] for t in trials if t.number >= 90]
     assert sum(late) / len(late) > sum(early) / len(early)
+
+
+def test_a_trial_that_runs_counts_for_what_is_asked_next(tmp_path: Path) -> None:
+    """Constant liar: all else equal, another running trial can lead to another proposal; without it, none does."""
+    proposals = []
+    for i, rate in enumerate((1e-5, 2e-3, 2e-3)):
+        folder = tmp_path / str(i)
+        run(folder, trials=18)
+        trials = opened(folder)
+        running = {**trials.best()[0].chosen, "optimiser.encoder_lr": rate}
+        trials._add(running, {TRAJECTORY: 18})
+        proposals.append(trials.propose()[0].chosen)
+    assert proposals[0] != proposals[1] == proposals[2]
+
+
+def test_the_sampler_learns_which_values_go_together(tmp_path: Path) -> None:
+    """Multivariate: good are pairs that agree, while neither value by itself is better than another."""
+    values = (2, 4, 6)
+    space = resolve(
+        {"strategy.depth": Parameter(choices=values), "strategy.step": Parameter(choices=values)},
+        Settings.model_validate({"strategy": {"depth": 4}}),
+    )
+    trials = opened(tmp_path, space, trials=90, startup=30)
+    agree = []
+    while trials.count < 90:
+        (trial,) = trials.propose()
+        agree.append(trial.chosen["strategy.depth"] == trial.chosen["strategy.step"])
+        trials.finish(trial.number, [0.9 if agree[-1] else 0.1])
+    assert sum(agree[:30]) < 15, "a third by chance"
+    assert sum(agree[30:]) > 39, "of 60; a sampler that learns of each parameter by itself comes to 35"
 
 
 # ------------------------------------------------------------------------------------------------- kills

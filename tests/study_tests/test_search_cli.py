@@ -10,6 +10,7 @@ import pytest
 from small_studies import document, write
 from test_cli import Told, launch
 
+from study.running import this_command
 from study.search_rows import Search
 from study.search_settings import SearchSettings
 from study.search_storage import default_place
@@ -123,3 +124,16 @@ def test_the_ablation_of_a_search_that_is_not_there_or_not_finished_is_refused(t
     told = launch(tmp_path, "ablate-best", "--smoke", "--storage", "results", "--plan")
     assert told.status == 2
     assert "has 4 trials that are not finished" in told.err
+
+
+@pytest.mark.parametrize("words", [["--optuna-storage", "{}"], ["--optuna-storage={}"]])
+def test_a_command_is_kept_without_the_password_of_an_address(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "postgresql+psycopg://ann:s3cret@127.0.0.1:5432/optuna"
+    typed = ["launch.py", "search", "-o", "study=a:b@c", *(word.format(url) for word in words)]
+    monkeypatch.setattr("sys.argv", typed)
+    kept = this_command()
+    assert "s3cret" not in kept
+    assert "postgresql+psycopg://…@127.0.0.1:5432/optuna" in kept
+    assert "study=a:b@c" in kept

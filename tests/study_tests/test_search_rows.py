@@ -34,7 +34,7 @@ def made(folder: Path, **given: Any) -> Search:
 TASK_KEYS = [
     ("strategy", "unfreezing"), ("strategy", "step"), ("strategy", "tune_epochs"), ("strategy", "head_epochs"),
     ("optimiser", "weight_decay"), ("optimiser", "encoder_lr"), ("optimiser", "tune_head_lr"),
-    ("weighting", "enabled"), ("weighting", "eta"), ("weighting", "normalise"),
+    ("weighting", "enabled"), ("weighting", "eta"), ("weighting", "normalise"), ("weighting", "clip"),
 ]  # fmt: skip
 
 

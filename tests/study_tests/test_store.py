@@ -22,71 +22,16 @@ from small_studies import document, planned
 
 from study.documents import StudyError
 from study.executors import LocalExecutor
+from study.places import Address
 from study.plan import Plan
 from study.schedule import Schedule
 from study.store import PREDICTIONS, RESULT, STATE, TENSORS, WEIGHTS, Store
+from tests.object_stores import address_of, object_store
+from tests.store_samples import KEY, LEAF, OBSERVER, always, checkpoint, result, said
 from trainables.data.chestxray14 import CLASSES
-from trainables.loop import State
 from trainables.requests import Observer
 from trainables.results import CellResult, EpochRecord, TrainingError
 from trainables.trial import Checkpoint
-
-KEY, LEAF = "k" * 64, "l" * 64
-OBSERVER = Observer(0.9, 20.0, None).name
-
-
-def record(epoch: int, trajectory: str | None = None) -> EpochRecord:
-    return EpochRecord(
-        epoch=epoch,
-        time_ms=1_760_000_000_000 + epoch,
-        seconds=0.25,
-        units=10 * epoch,
-        evaluation_units=epoch,
-        metrics={"train/loss": 0.7 / epoch, "val/raw/macro_auc": float("nan") if epoch == 1 else 0.625},
-        trajectory_sha256=trajectory or f"{epoch:064d}",
-        effective={"trainable": ["head.0.weight"], "learning_rates": {"first_step": 1e-3, "last_step": 3e-4}},
-        cache=None,
-        events=["a cache could not serve"],
-    )
-
-
-def checkpoint(epoch: int = 2, size: int = 50) -> Checkpoint:
-    """Tensors that all hold the epoch's number, so that a mixture of two saves would show."""
-    tensors = {"model/head.weight": torch.full((size, 4), float(epoch)), "average/ema 0.9 tau 20/w": torch.arange(3.0)}
-    best = {("raw", 1): {"head.weight": torch.ones(5)}, ("ema 0.9 tau 20", epoch): {"head.weight": torch.zeros(2, 2)}}
-    state = State(epoch, tensors, {"ema 0.9 tau 20": 7}, [0.5, 1.5])
-    history = [record(e) for e in range(1, epoch + 1)]
-    return Checkpoint(state, history, {"hardware": "cpu", "torch": "2", "contents_digest": "c"}, best)
-
-
-def result(*trajectories: str, observer: str = OBSERVER) -> CellResult:
-    history = [record(e, t) for e, t in enumerate(trajectories or ("a", "b"), start=1)]
-    return CellResult(
-        observer=observer,
-        copy="raw",
-        best_epoch=1,
-        last_epoch=len(history),
-        stopped_early=False,
-        metrics={"test/macro_auc": 0.8125, "test/auc/Hernia": float("nan")},
-        undefined=("Hernia",),
-        weights_sha256="w" * 64,
-        trajectory_sha256=history[-1].trajectory_sha256,
-        evaluation_units=5,
-        history=history,
-        provenance={"hardware": "cpu"},
-    )
-
-
-def said(made: Checkpoint) -> str:
-    """Everything a checkpoint holds, NaN equal to NaN."""
-    tensors = {name: t.tolist() for name, t in made.state.tensors.items()}
-    best = {str(at): {name: t.tolist() for name, t in own.items()} for at, own in made.best.items()}
-    facts = [made.state.epoch, made.state.averages, made.state.class_state, made.provenance]
-    return json.dumps([tensors, best, facts, [dataclasses.asdict(r) for r in made.history]], sort_keys=True)
-
-
-def always(_: Checkpoint) -> bool:
-    return True
 
 
 def saved(folder: Path) -> Store:
@@ -314,6 +259,33 @@ def test_two_processes_may_save_and_drop_the_same_key_at_once(tmp_path: Path) ->
     assert list((tmp_path / "partial").iterdir()) == []
 
 
+def test_what_is_saved_a_second_time_stays_where_it_is_so_that_no_reader_finds_nothing(tmp_path: Path) -> None:
+    """As by a worker that was cut off and given up, beside the one that took its trial over."""
+    store = saved(tmp_path)
+    folders = [place(store, kind, name).parent for kind, name in (("state", STATE), ("result", RESULT))]
+    there = [folder.stat().st_ino for folder in folders]
+    later = checkpoint()
+    slower = [dataclasses.replace(epoch, seconds=9.0) for epoch in later.history]
+    store.save(KEY, dataclasses.replace(later, history=slower, provenance={"hardware": "another node's"}))
+    twice = dataclasses.replace(result(), history=[dataclasses.replace(e, seconds=9.0) for e in result().history])
+    store.save_result(LEAF, OBSERVER, twice, b"predictions", {"w": torch.arange(6.0)})
+    assert [folder.stat().st_ino for folder in folders] == there
+    assert read(store, "state") == said(checkpoint())
+
+
+@pytest.mark.parametrize("change", ["tensors", "facts", "damage"])
+def test_what_is_saved_a_second_time_replaces_what_differs_or_is_damaged(tmp_path: Path, change: str) -> None:
+    store, new = saved(tmp_path), checkpoint()
+    if change == "tensors":
+        new.state.tensors["model/head.weight"] += 1
+    elif change == "facts":
+        new.state.averages["ema 0.9 tau 20"] += 1
+    else:
+        place(store, "state", STATE).write_bytes(b"{}")
+    store.save(KEY, new)
+    assert read(store, "state") == said(new)
+
+
 def test_a_full_disk_is_an_error_that_leaves_the_key_as_it_was(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: writing fails in the middle of a file."""
     store = Store(tmp_path)
@@ -497,9 +469,9 @@ class Silent:
         self.errors.append(error)
 
 
-def run(plan: Plan, folder: Path) -> tuple[int, dict[str, CellResult]]:
+def run(plan: Plan, storage: Path | Address) -> tuple[int, dict[str, CellResult]]:
     """Run what a storage lacks, as the driver does; number of epochs trained, and results by row."""
-    store, heard = Store(folder), Silent()
+    store, heard = Store(storage), Silent()
 
     def has_result(chain: Any) -> bool:
         return store.load_result(chain.leaf, chain.observer.name) is not None
@@ -511,13 +483,11 @@ def run(plan: Plan, folder: Path) -> tuple[int, dict[str, CellResult]]:
     return heard.epochs, {name: r for name, r in found.items() if r is not None}
 
 
-def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
-    tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def two_rows(folder: Path, encoder: Path) -> Plan:
     rows = [{"name": "two blocks", "set": {"strategy.depth": 2}}, {"name": "all four", "set": {"strategy.depth": 4}}]
     kept = ("Atelectasis", "Effusion", "Infiltration", "Nodule")
-    plan = planned(
-        tmp_path,
+    return planned(
+        folder,
         document(
             rows,
             seeds=[0],
@@ -527,6 +497,12 @@ def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
             stopping={"patience": None},
         ),
     )
+
+
+def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
+    tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = two_rows(tmp_path, encoder)
     storage = tmp_path / "outputs"
     epochs, first = run(plan, storage)
     assert (epochs, set(first)) == (1 + 1 + 1 + 1, {"two blocks", "all four"})  # head, k = 2, then k = 2 or 4
@@ -550,3 +526,26 @@ def test_damaged_states_and_results_are_trained_again_to_the_same_bits(
         now = again[name]
         assert (now.weights_sha256, now.trajectory_sha256) == (before.weights_sha256, before.trajectory_sha256)
         assert json.dumps(now.metrics) == json.dumps(before.metrics)
+
+
+def test_a_study_in_an_object_store_trains_what_it_trains_in_a_folder_and_makes_damage_good(
+    tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = two_rows(tmp_path, encoder)
+    _, expected = run(plan, tmp_path / "outputs")
+    with object_store(tmp_path / "own") as server:
+        storage = address_of(server)
+        epochs, found = run(plan, storage)
+        assert epochs == 4 and run(plan, storage)[0] == 0
+        shared, four = plan.chains[0].keys[1], plan.chains[1]
+        for below in (f"results/{four.leaf[:40]}", f"states/{shared[:40]}"):
+            (name,) = [n for n in server.objects(below) if n.endswith((PREDICTIONS, TENSORS))]
+            data = server.objects(name)[name]
+            server.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+        epochs, again = run(plan, storage)
+        assert epochs == 1 + 1, "from the end of the head stage"
+        assert sum("damaged" in r.message for r in caplog.records) == 2
+    for name, before in expected.items():
+        for now in (found[name], again[name]):
+            assert (now.weights_sha256, now.trajectory_sha256) == (before.weights_sha256, before.trajectory_sha256)
+            assert json.dumps(now.metrics) == json.dumps(before.metrics)

@@ -173,8 +173,8 @@ def test_a_name_without_folder_that_several_images_have_is_nobodys(tmp_path: Pat
     assert boxes.annotated.tolist() == [False, False, True]
 
 
-def test_readers_are_fused_and_sizes_that_no_table_tells_are_read_from_the_images(tmp_path: Path) -> None:
-    """VinDr-CXR's boxes are in px of the image, whose size is in its header alone."""
+def test_readers_are_fused_and_sizes_that_no_table_tells_are_those_of_the_decoded_images(tmp_path: Path) -> None:
+    """VinDr-CXR's boxes are in px of the image, whose size is in its file alone."""
     make_vindr(tmp_path, images=20)
     settings = Settings.model_validate(
         {
@@ -185,12 +185,14 @@ def test_readers_are_fused_and_sizes_that_no_table_tells_are_read_from_the_image
     index = load_index(settings.dataset)
     planned = load_box_targets(settings, index, tmp_path)
     assert not planned.sizes.any()
-    boxes = with_sizes(planned, index, tmp_path)
+    boxes = with_sizes(planned, index, np.full((len(index), 2), MADE_SIZE))
     drawn = read_boxes(settings.dataset)
     assert drawn is not None
     assert len(boxes.rows) == len(fused(drawn)) < len(drawn)
     assert (boxes.sizes[boxes.rows] == MADE_SIZE).all()
     assert (boxes.in_input(64, "letterbox") <= 64).all()
+    with pytest.raises(DataError, match=r"image 0{31}\d: box .* reaches out of the image of 9 × 9 px; mend or remove"):
+        with_sizes(planned, index, np.full((len(index), 2), 9))
 
 
 def test_boxes_of_other_images_and_missing_files_are_refused(tmp_path: Path) -> None:

@@ -65,6 +65,18 @@ def test_one_file_is_split_by_us(tmp_path: Path) -> None:
         load_index(chosen(tmp_path, table="boxes.json", split="official"))
 
 
+def test_a_pattern_finds_the_patient_in_names_and_keeps_his_images_together(tmp_path: Path) -> None:
+    write(tmp_path / "boxes.json", 0, 100, tmp_path / "raw")
+    index = load_index(chosen(tmp_path, table="boxes.json", group_pattern=r"^n(\d)"))
+    assert index.groups.tolist() == [name[1] for name in index.names.tolist()]
+    assert index.group_kind == "group"
+    assert all(len(set(index.split[index.groups == group].tolist())) == 1 for group in "0123456789")
+    with pytest.raises(DataError, match=r"'n\[1-9\]' finds nothing in 1 of 100 image names, first 'n0.jpg'"):
+        load_index(chosen(tmp_path, table="boxes.json", group_pattern="n[1-9]"))
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression: missing \)"):
+        DatasetSettings(name="coco", group_pattern="(")
+
+
 def test_an_image_in_two_files_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "annotations" / "a_train.json", 0, 60, tmp_path)
     write(tmp_path / "annotations" / "a_val.json", 59, 60, tmp_path)
@@ -93,3 +105,6 @@ def test_the_real_boxes_of_nih_in_coco_form(real_data: Path) -> None:
     assert len(table) == len(data["images"]) == 50
     assert len(boxes) + len(boxes.refused) == len(data["annotations"]) == 283
     assert table.refused == boxes.refused
+    of_patients = read_table(settings.model_copy(update={"group_pattern": "^[0-9]+"}))
+    assert set(of_patients.groups.tolist()) == {image["file_name"].partition("_")[0] for image in data["images"]}
+    assert len(set(of_patients.groups.tolist())) == 41

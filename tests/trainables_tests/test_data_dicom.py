@@ -123,6 +123,19 @@ def test_colour_is_reduced_where_grey_is_wanted(tmp_path: Path) -> None:
     assert np.array_equal(np.unique(decode(path, 16, "crop", 1)), [76])
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_palette_is_looked_up(tmp_path: Path, bits: int) -> None:
+    """PALETTE COLOR: pixels are places in three tables; a reversed grey palette makes 0 white, as ultrasound has it."""
+    top = 2**bits - 1
+    levels = np.linspace(top, 0, 256).round().astype(f"<u{bits // 8}")
+    data = radiograph(np.arange(256, dtype=np.uint8).reshape(16, 16), PhotometricInterpretation="PALETTE COLOR")
+    for colour in ("Red", "Green", "Blue"):
+        setattr(data, f"{colour}PaletteColorLookupTableDescriptor", [256, 0, bits])
+        setattr(data, f"{colour}PaletteColorLookupTableData", levels.tobytes())
+    decoded = decode(save(tmp_path / "a.dcm", data), 16, "crop", 1)[..., 0]
+    assert abs(decoded.ravel().astype(int) - np.arange(255, -1, -1)).max() <= 1
+
+
 def test_an_image_of_one_value_is_black(tmp_path: Path) -> None:
     path = save(tmp_path / "a.dcm", radiograph(np.full((16, 16), 700, np.uint16)))
     assert decode(path, 16, "crop", 1).max() == 0

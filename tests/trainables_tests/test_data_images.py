@@ -201,6 +201,31 @@ class TestCache:
         assert after.contents_digest != before.contents_digest
         assert np.array_equal(before.pixels, kept)  # what others have open does not change under them
 
+    def test_another_data_set_with_equal_names_lengths_and_times_is_not_taken_for_this_one(
+        self, data: tuple[Index, Path], tmp_path: Path
+    ) -> None:
+        """Uncompressed files of one size, which an archive gave one time: only their contents differ."""
+        roots = [tmp_path / name for name in ("one", "other")]
+        rng = np.random.default_rng(0)
+        index = replace(data[0], names=np.array([f"n{i}.bmp" for i in range(12)]))
+        for root in roots:
+            for name in index.names.tolist():
+                path = save(root / "images" / name, rng.integers(0, 256, (SIZE, SIZE), np.uint8))
+                os.utime(path, ns=(10**18, 10**18))
+        one, other = (open_cache((index, root), tmp_path / "cache") for root in roots)
+        assert other.decoded == 12
+        assert one.contents_digest != other.contents_digest
+        assert np.array_equal(other.pixels[7], decode(roots[1] / "images" / "n7.bmp", SIZE, "crop", 1))
+        (roots[1] / "images" / "n3.bmp").write_bytes((roots[0] / "images" / "n3.bmp").read_bytes())
+        assert open_cache((index, roots[1]), tmp_path / "cache").decoded == 1, "one file was exchanged, and says so"
+        assert open_cache((index, roots[0]), tmp_path / "cache").decoded == 12, "though one stamp differs now"
+
+    def test_it_knows_the_size_of_every_image_itself(self, data: tuple[Index, Path], tmp_path: Path) -> None:
+        save(data[1] / "images" / data[0].names[3], np.zeros((20, 60), np.uint8))
+        expected = [[60, 20] if row == 3 else [40, 40] for row in range(12)]
+        for _ in range(2):
+            assert open_cache(data, tmp_path / "cache").sizes.tolist() == expected
+
     def test_a_flipped_bit_is_noticed_said_and_mended(
         self, data: tuple[Index, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -292,6 +317,25 @@ class TestCache:
             of_size(28)
         assert folders["20"].exists()
 
+    def test_all_caches_together_stay_below_the_bound_that_is_set(
+        self, data: tuple[Index, Path], tmp_path: Path
+    ) -> None:
+        def of_size(size: int, most: int) -> ImageCache:
+            return ImageCache.open(
+                data[0], data[1], image_size=size, fit="crop", folder=tmp_path / "cache", most_bytes=most
+            )
+
+        most = 12 * (16**2 + 20**2)
+        of_size(16, most), of_size(20, most)
+        with pytest.raises(DataError, match=r"dataset.cache_gb: .* caches in use today take .*; allow more"):
+            of_size(17, most)
+        (old,) = (tmp_path / "cache").glob("*-16-crop-*/state.npz")
+        os.utime(old, (time.time() - 25 * 3600,) * 2)
+        assert of_size(12, most).decoded == 12
+        sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/pixels-*.u8"))
+        assert sizes == [12 * 12**2, 12 * 20**2], "the one that was of no use for a day made room"
+        assert of_size(20, 1).decoded == 0, "what is there is read"
+
     def test_a_disk_that_is_too_full_is_an_error_before_writing(
         self, data: tuple[Index, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -315,11 +359,11 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_data_images as t
 from trainables.data import images
-slow = images.decode
+slow = images.decode_sized
 def decode(*arguments):
     time.sleep({delay})
     return slow(*arguments)
-images.decode = decode
+images.decode_sized = decode
 images.KEEP_EVERY = {keep_every}
 index, data, folder = t.make_index({count}), Path({data!r}), Path({folder!r})
 cache = images.ImageCache.open(index, data, image_size=t.SIZE, fit="crop", folder=folder)

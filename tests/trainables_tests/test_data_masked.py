@@ -33,7 +33,9 @@ def task(labels: np.ndarray, encoder: Path) -> Classification:
         channels=1,
         synthetic=False,
     )
-    images = ImageCache(np.zeros((count, 32, 32, 1), np.uint8), "", 0, np.zeros((count, 32), np.uint8))
+    images = ImageCache(
+        np.zeros((count, 32, 32, 1), np.uint8), "", 0, np.zeros((count, 32), np.uint8), np.full((count, 2), 32)
+    )
     return Classification(Settings(), index, images, find_backbone(str(encoder), download=False))
 
 

@@ -141,7 +141,19 @@ def test_jsrt_folders_give_structures_names_and_labels(tmp_path: Path) -> None:
     masks = read_masks(settings)
     assert masks is not None
     assert masks.structures == ("heart", "lung")
-    assert masks.read("other").sum((1, 2)).tolist() == [32, 0]
+    assert masks.read("other").sum((1, 2)).tolist() == [32, 32], "of any brightness"
+
+
+def test_images_and_masks_of_a_folder_may_be_of_other_formats(tmp_path: Path) -> None:
+    root = make_jsrt(tmp_path, ["JPCLN001", "JPCNN002"])
+    for path in (root / "images" / "JPCLN001.png", root / "masks" / "heart" / "JPCNN002.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    settings = DatasetSettings(name="jsrt", root=str(root))
+    table, masks = read_table(settings).usable(), read_masks(settings)
+    assert table.names.tolist() == ["JPCLN001", "JPCNN002"]
+    assert masks is not None
+    assert masks.read("JPCNN002").sum((1, 2)).tolist() == [32, 32]
 
 
 def test_a_jsrt_image_without_a_mask_is_refused_by_name(tmp_path: Path) -> None:
@@ -157,7 +169,7 @@ def test_jsrt_masks_that_are_none_name_their_file(tmp_path: Path) -> None:
     masks = read_masks(DatasetSettings(name="jsrt", root=str(root)))
     assert masks is not None
     (root / "masks" / "heart" / "JPCLN001.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"heart/JPCLN001.png: cannot be read as a mask"):
+    with pytest.raises(DataError, match=r"heart/JPCLN001.png: the mask cannot be read"):
         masks.read("JPCLN001")
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(root / "masks" / "heart" / "JPCLN001.png")
     with pytest.raises(DataError, match="masks of JPCLN001 differ in size"):

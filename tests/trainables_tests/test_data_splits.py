@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from trainables.data.chestxray14 import read_table
 from trainables.data.index import DataError
+from trainables.data.registry import load_index
 from trainables.data.splits import SHARES, Leak, find_leaks, refuse_leaks, sample_groups, split_groups
 from trainables.settings import DatasetSettings
 
@@ -109,6 +113,55 @@ def test_the_true_nih_table_is_split_evenly_and_quickly(real_data: Path, tmp_pat
         rows = split == part
         assert rows.mean() == pytest.approx(share, abs=0.001)
         np.testing.assert_allclose(table.labels[rows].mean(0)[common], whole[common], rtol=0.1)
+
+
+FULL_SCALE = r"""
+import json, re, sys, time
+begin = time.process_time()
+from pathlib import Path
+from trainables.data.registry import load_index
+from trainables.settings import DatasetSettings
+index = load_index(DatasetSettings(name="chestxray14", root=sys.argv[1]), Path(sys.argv[1]) / "splits")
+seconds = time.process_time() - begin
+# Not getrusage: its maximum holds what the parent had before this program began.
+megabytes = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+print(json.dumps({"images": len(index), "seconds": seconds, "megabytes": megabytes}))
+"""
+
+
+def test_index_and_split_of_the_true_nih_table_take_6_seconds_and_600_mb_at_most(
+    real_data: Path, tmp_path: Path
+) -> None:
+    """A process of its own, from its imports to the split that is written and read back; seconds of its processor."""
+    with gzip.open(real_data / "tables" / "Data_Entry_2017_v2020.csv.gz") as packed:
+        (tmp_path / "Data_Entry_2017_v2020.csv").write_bytes(packed.read())
+    command = [sys.executable, "-c", FULL_SCALE, str(tmp_path)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+    assert told["images"] == 112_120
+    assert told["seconds"] <= 6, told
+    assert told["megabytes"] <= 600, told
+
+
+TABLES = {
+    "chestxray14": ("Data_Entry_2017_v2020.csv.gz", "Data_Entry_2017_v2020.csv", 112_120),
+    "ham10000": ("HAM10000_metadata.csv", "HAM10000_metadata.csv", 10_015),
+    "vindr_cxr": ("vinbigdata-train.csv.gz", "train.csv", 15_000),
+    "chexpert": ("chexpert_train_first2000.csv", "train.csv", 2_000),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_group_of_a_true_table_is_in_two_splits(name: str, real_data: Path, tmp_path: Path) -> None:
+    packed, file, images = TABLES[name]
+    raw = (real_data / "tables" / packed).read_bytes()
+    (tmp_path / file).write_bytes(gzip.decompress(raw) if packed.endswith(".gz") else raw)
+    dropped = ("Pleural Other", "Fracture") if name == "chexpert" else ()
+    index = load_index(DatasetSettings(name=name, root=str(tmp_path), drop_classes=dropped))
+    assert len(index) == images
+    splits_of: dict[str, set[int]] = {}
+    for group, split in zip(index.groups.tolist(), index.split.tolist(), strict=True):
+        splits_of.setdefault(group, set()).add(split)
+    assert {len(splits) for splits in splits_of.values()} == {1}
 
 
 def test_groups_in_two_splits_are_found_and_named() -> None:

@@ -52,6 +52,13 @@ def test_a_single_folder_is_split_by_us_and_images_without_a_file_are_counted(tm
     assert read_table(chosen(tmp_path)).warnings == (warning,)
 
 
+def test_groups_are_found_in_names_whatever_folder_they_lie_in(tmp_path: Path) -> None:
+    write(tmp_path, "images/train", "labels/train", 10, 60)
+    write(tmp_path, "images/val", "labels/val", 70, 30)
+    index = load_index(chosen(tmp_path, group_pattern=r"^n\d"))
+    assert set(index.groups.tolist()) == {f"n{digit}" for digit in range(1, 10)}
+
+
 def test_boxes_are_pixels_of_the_original(tmp_path: Path) -> None:
     write(tmp_path, "images", "labels", 3, 1)
     boxes = read_boxes(chosen(tmp_path))

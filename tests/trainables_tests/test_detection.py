@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from scipy.special import expit
 
 import tests.detection_extra_alone  # noqa: F401
+from tests.coco_reference import Predictions, by_pycocotools
 from tests.task_cases import CASES, CPU, Case, opened
 from trainables.data.box_targets import load_box_targets
 from trainables.detection import Detection
@@ -23,7 +22,6 @@ from trainables.task import Task
 from trainables.ultralytics_models import Outputs, WeightedRTDETRLoss
 
 YOLO, RTDETR = CASES["detection by YOLO"], CASES["detection by RT-DETR"]
-Predictions = npt.NDArray[np.float32]
 
 
 @pytest.fixture(autouse=True)
@@ -71,55 +69,6 @@ def guesses(rng: np.random.Generator, truth: Truth, classes: int, max_det: int) 
         lines = lines[np.argsort(-lines[:, 4])][:max_det]
         kept[image, : len(lines)] = lines
     return kept
-
-
-def by_pycocotools(predictions: Predictions, truth: Truth, classes: int, max_det: int) -> npt.NDArray[np.float64]:
-    """(2, C): AP50 and AP of each class, NaN where pycocotools says −1."""
-    reason = "pycocotools is not installed: it is what AP is compared with"
-    COCO = pytest.importorskip("pycocotools.coco", reason=reason).COCO  # noqa: N806
-    COCOeval = pytest.importorskip("pycocotools.cocoeval", reason=reason).COCOeval  # noqa: N806
-    sides = truth.xyxy[:, 2:] - truth.xyxy[:, :2]
-    true = COCO()
-    true.dataset = {
-        "images": [{"id": i + 1} for i in range(truth.images)],
-        "categories": [{"id": c + 1} for c in range(classes)],
-        "annotations": [
-            {
-                "id": n + 1,
-                "image_id": int(truth.image[n]) + 1,
-                "category_id": int(truth.label[n]) + 1,
-                "bbox": [*truth.xyxy[n, :2].tolist(), *sides[n].tolist()],
-                "area": float(sides[n].prod()),
-                "iscrowd": 0,
-            }
-            for n in range(len(truth.image))
-        ],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        true.createIndex()
-        found = [
-            {
-                "image_id": image + 1,
-                "category_id": int(line[5]) + 1,
-                "bbox": [
-                    float(line[0]),
-                    float(line[1]),
-                    float(line[2]) - float(line[0]),
-                    float(line[3]) - float(line[1]),
-                ],
-                "score": float(line[4]),
-            }
-            for image, lines in enumerate(predictions)
-            for line in lines
-            if line[5] >= 0
-        ]
-        run = COCOeval(true, true.loadRes(found), "bbox")
-        run.params.maxDets = [1, 10, max_det]
-        run.evaluate()
-        run.accumulate()
-    precision = run.eval["precision"][:, :, :, 0, 2]
-    defined = precision[0].max(axis=0) > -1
-    return np.where(defined, np.stack((precision[0].mean(axis=0), precision.mean(axis=(0, 1)))), np.nan)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -313,6 +262,19 @@ def test_class_counts_are_images_with_and_without_a_box_of_the_class(drawn: Path
     assert (positives + negatives == len(train)).all()
 
 
+def test_class_weights_start_from_training_images_with_and_without_a_box(drawn: Path) -> None:
+    """They follow AP50 from then on: what `score` gives as quality is compared with pycocotools above."""
+    weighted = {"weighting": {"enabled": True}}
+    task = YOLO.open(drawn)
+    t = YOLO.trajectory(task, **weighted)
+    t.train_epoch()
+    record = t.train_epoch()
+    with_box, without = task.class_counts()
+    ratios = without / (with_box + 1e-6)
+    weights = [record.metrics[f"class_weight/{name}"] for name in task.classes]
+    assert weights == pytest.approx(np.clip(ratios / ratios.mean(), 0.5, 5).tolist())
+
+
 # -- it learns -------------------------------------------------------------------------------------------------------
 
 BOXED = {"images": 600, "drop_classes": ()}
@@ -346,3 +308,23 @@ def test_a_detector_can_learn_eight_phantoms_by_heart(
     for _ in range(steps):
         t.train_epoch()
     assert t.evaluate(eight).metrics["map50"] >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["yolov8s", "rtdetr-l"])
+def test_published_detectors_train_layer_by_layer_in_our_loop(backbone: str, drawn: Path) -> None:
+    """Of the size that studies of real data use: the head alone, then all ten layers of the backbone as well."""
+    case = Case(f"detection by {backbone}", "detection", {**YOLO.changes, "model": {"backbone": backbone}})
+    changes = {"strategy": {"tune_epochs": 1, "depth": "all", "step": 10}, "weighting": {"enabled": True}}
+    task = case.open(drawn, **changes)
+    t = case.trajectory(task, **changes)
+    for k in (0, 10):
+        before = [[p.detach().clone() for p in block.parameters()] for block in t.model.blocks()]
+        record = t.train_epoch()
+        assert record.metrics["unfrozen_blocks"] == k
+        assert np.isfinite(record.metrics["train/loss"])
+        moved = [
+            any(not torch.equal(a, b) for a, b in zip(old, block.parameters(), strict=True))
+            for old, block in zip(before, t.model.blocks(), strict=True)
+        ]
+        assert moved == [k > 0] * 10

@@ -15,15 +15,17 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from tests.made_datasets import make_chexmask
 from trainables.data import mask_cache
 from trainables.data.chest_scene import draw_chest
 from trainables.data.decode import decode
 from trainables.data.index import DataError, Index
 from trainables.data.mask_cache import MaskCache, open_masks, resize
-from trainables.data.mask_files import MaskFolders, read_mask, stem_of
-from trainables.data.masks import run_lengths
+from trainables.data.mask_files import MaskFolders
+from trainables.data.masks import read_mask, run_lengths, stem_of
 from trainables.data.phantom import chest_images, draw_chest_phantom
 from trainables.data.placing import Fit
+from trainables.data.registry import load_index
 from trainables.settings import DatasetSettings, SegmentationSettings
 
 Mask = npt.NDArray[np.bool_]
@@ -209,7 +211,7 @@ def test_an_unreadable_mask_is_named(folders: tuple[Index, Path]) -> None:
 def test_a_mask_of_other_proportions_than_its_image_is_refused(folders: tuple[Index, Path]) -> None:
     index, root = folders
     grey(np.ones((60, 40), np.bool_)).save(root / "masks" / "heart" / "a0.png")
-    with pytest.raises(DataError, match=r"a0\.png: a mask of 60 × 40 px .* its image a0\.png of 40 × 60"):
+    with pytest.raises(DataError, match=r"a0\.png: a mask of 60 × 40 px .* an image of 40 × 60, a0\.png;"):
         opened(index, root)
 
 
@@ -240,6 +242,15 @@ def test_chexmask_is_read_by_name_and_poor_or_absent_masks_are_unknown(folders: 
     assert not masks.of(np.array([0])).any()
     lower = opened(index, root, size=60, fit="squash", masks=str(root / "t.csv"), min_mask_quality=0.6)
     assert lower.known[:, 0].tolist() == [True, False, True, False]
+
+
+def test_chexmask_goes_with_the_dicom_files_that_it_was_made_for(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    index = load_index(DatasetSettings(name="vindr_cxr", root=str(make_chexmask(tmp_path))))
+    masks = opened(index, tmp_path, size=40, masks="OriginalResolution/VinDr-CXR.csv")
+    assert masks.known.all(1).sum() == 159 - 15, "one is not listed, every tenth is poor"
+    row = int(np.flatnonzero(masks.known.all(1))[0])
+    assert masks.area(np.array([row]))[0].tolist() == [220, 220, 144]
 
 
 @pytest.mark.parametrize(

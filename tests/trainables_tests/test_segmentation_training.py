@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_segmentation import segmentation_data, segmentation_settings, segmentation_task
 from tiny_trials import trajectory
+from transformers import Sam2VideoConfig, Sam2VideoModel
 
-from tests.studies_for_tests import run_study
+from tests.studies_for_tests import Ran, run_study
 from trainables.data.opened import Data
 from trainables.sam2 import load_sam2
 from trainables.sam2_files import find_sam2
@@ -54,6 +56,25 @@ def test_a_pretrained_decoder_is_the_same_for_every_seed(drawn: Data, tmp_path: 
     assert weights_sha256(task.build(0)) == weights_sha256(task.build(1))
     runs = [trajectory(task, segmentation_settings(), seed=seed).train_epoch().trajectory_sha256 for seed in (0, 1)]
     assert runs[0] != runs[1], "seeds act by the order of images"
+
+
+@pytest.mark.slow
+def test_a_sam2_of_published_size_trains_its_memory_attention_in_our_loop(drawn: Data, tmp_path: Path) -> None:
+    """39 million parameters in facebook/sam2.1-hiera-tiny's shape, as a folder that a user has."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Sam2VideoModel(Sam2VideoConfig())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(39e6, rel=0.01)
+    model.save_pretrained(tmp_path)
+    strategy = {"head_epochs": 1, "tune_epochs": 1, "depth": 4, "step": 4}
+    settings = segmentation_settings(model={"backbone": str(tmp_path)}, strategy=strategy)
+    t = trajectory(segmentation_task(settings, drawn), settings)
+    for k in (0, 4):
+        before = {name: tensor.detach().clone() for name, tensor in named_tensors(t.model)}
+        record = t.train_epoch()
+        assert np.isfinite(record.metrics["train/loss"])
+        moved = {name.split(".")[0] for name, tensor in named_tensors(t.model) if not torch.equal(tensor, before[name])}
+        assert moved == {"mask_decoder", *(["memory_blocks"] if k else [])}
 
 
 class Memorising(Segmentation):
@@ -110,3 +131,24 @@ def test_every_cell_of_the_ablation_is_that_of_a_run_without_sharing(tmp_path: P
     units = shared.header.units
     assert units.executed == shared.plan.units.shared
     assert units.executed < alone.header.units.executed / 2
+    _figures_follow_from_kept_predictions(shared, ours)
+
+
+def _figures_follow_from_kept_predictions(ran: Ran, cells: pd.DataFrame) -> None:
+    """Dice by sets of pixels, from the files alone."""
+    predictions = ran.records().predictions
+    for _, cell in cells.iterrows():
+        with np.load(predictions[cell["mlflow_run_id"]]) as kept:
+            pixels = int(kept["size"]) ** 2
+            predicted, truth = (np.unpackbits(kept[name], axis=-1, count=pixels) for name in ("predicted", "truth"))
+            structures = kept["classes"].tolist()
+        for p, label in enumerate(("", "_oracle")):
+            means = []
+            for c, name in enumerate(structures):
+                pairs = [
+                    (set(np.flatnonzero(mine)), set(np.flatnonzero(true)))
+                    for mine, true in zip(predicted[:, c, p], truth[:, c], strict=True)
+                ]
+                means.append(np.mean([2 * len(a & b) / (len(a) + len(b)) for a, b in pairs]))
+                assert cell[f"dice{label}/{name}"] == pytest.approx(means[-1], abs=1e-12)
+            assert cell[f"mean_dice{label}"] == pytest.approx(np.mean(means), abs=1e-12)

@@ -59,9 +59,26 @@ def test_a_boost_multiplies_its_class_before_normalisation() -> None:
     assert initial_state(POSITIVES, NEGATIVES, CLASSES, s) == pytest.approx([27 / 13, 9 / 13, 3 / 13], rel=1e-6)
 
 
+def test_classes_that_every_image_has_are_weighted_alike_and_not_by_zero_over_zero() -> None:
+    """A data set of boxes of one class, all of whose images have one."""
+    for s in (PLAIN, PLAIN.model_copy(update={"normalise": False})):
+        assert initial_state(np.array([40]), np.array([0]), ("nodule",), s).tolist() == [1.0]
+        assert initial_state(np.array([40, 40]), np.array([0, 0]), ("a", "b"), s).tolist() == [1.0, 1.0]
+    boosted = PLAIN.model_copy(update={"boosts": {"b": 3.0}})
+    assert initial_state(np.array([40, 40]), np.array([0, 0]), ("a", "b"), boosted).tolist() == [0.5, 1.5]
+
+
 def test_a_class_without_positives_gets_a_large_but_finite_weight() -> None:
     s = PLAIN.model_copy(update={"normalise": False})
     assert initial_state(np.array([0]), np.array([100]), ("a",), s) == pytest.approx([1e8])
+
+
+def test_where_every_image_has_every_class_all_weigh_alike() -> None:
+    """As where tuberculosis is the only class, and images with it are all there are: N_neg = 0, no 0 / 0."""
+    s = WeightingSettings(enabled=True)
+    u = initial_state(np.array([40, 40]), np.array([0, 0]), ("a", "b"), s)
+    assert u.tolist() == [1.0, 1.0]
+    assert refine(u, np.array([0.5, 0.9]), s).mean() == pytest.approx(1)
 
 
 def test_training_clips_what_it_uses_and_leaves_the_state_as_it_is() -> None:

@@ -29,6 +29,7 @@ from trainables.settings import DatasetSettings, Settings
 from trainables.strategy import total_epochs
 from trainables.task import Rows, Scores, Task
 from trainables.trial import Trial
+from trainables.views import Views
 
 KEPT = ("Atelectasis", "Effusion", "Infiltration", "Nodule")
 DATASET = DatasetSettings(name="phantom", images=160, image_size=32, drop_classes=tuple(set(CLASSES) - set(KEPT)))
@@ -163,6 +164,7 @@ class NormTask:
     main_metric = "macro_auc"
     classes = ("one", "two")
     costs = Costs(embedding=1, blocks=(2, 2, 2), head=1)
+    views = Views(80)
 
     def __init__(self) -> None:
         rng = np.random.default_rng(7)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.data.boxes import Boxes
-from trainables.data.index import Claims, DataError
+from trainables.data.index import Claims, DataError, Refused
 from trainables.data.masks import Masks
 from trainables.settings import DatasetSettings
 
@@ -46,14 +46,6 @@ class DatasetInfo:
     default_images: int | None = None
     notes: tuple[str, ...] = ()
     claims: Claims | None = None
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row or annotation that cannot be used: where it stands, and why."""
-
-    place: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +121,7 @@ class Adapter:
         draw: phantoms: (settings, empty folder) → the whole data set in its layout; None for real data.
         options: settings beyond those that every data set has (`settings.READING`) which this one reads.
         read_boxes, read_masks: settings → boxes or masks of its images, read when a task asks for them; None where it
-            has none. `read_boxes` itself gives None for a copy without the file of boxes.
+            has none. They themselves give None for a copy without the file of boxes or masks.
     """
 
     info: DatasetInfo
@@ -138,4 +130,4 @@ class Adapter:
     draw: Callable[[DatasetSettings, Path], None] | None = None
     options: frozenset[str] = frozenset()
     read_boxes: Callable[[DatasetSettings], Boxes | None] | None = None
-    read_masks: Callable[[DatasetSettings], Masks] | None = None
+    read_masks: Callable[[DatasetSettings], Masks | None] | None = None

@@ -20,7 +20,7 @@ from trainables.data.boxes import Boxes, box_fault, fused
 from trainables.data.coco import read_coco, to_boxes
 from trainables.data.index import DataError, Index
 from trainables.data.placing import Fit, place
-from trainables.data.registry import locate, read_boxes
+from trainables.data.registry import read_boxes
 from trainables.data.tables import root_of
 from trainables.settings import DatasetSettings, Settings
 
@@ -35,7 +35,7 @@ class BoxTargets:
         labels: (M,) position in `classes`.
         corners: (M, 4) float64 x_min, y_min, x_max, y_max, px of the original image.
         sizes: (N, 2) width and height of the index's original images, px; 0 where neither a file of boxes nor, for
-            images with boxes, the image's own header was read.
+            images with boxes, the image itself was asked (`with_sizes`).
         annotated: (N,) whether an image was looked at for boxes: where not, nothing may be learnt from it.
     """
 
@@ -101,21 +101,22 @@ def real_box_targets(settings: Settings, index: Index) -> BoxTargets:
     return load_box_targets(settings, index, root_of(settings.dataset.name, settings.dataset.root))
 
 
-def with_sizes(targets: BoxTargets, index: Index, root: Path) -> BoxTargets:
-    """The targets with the size of every image that has a box, from its header where no file of boxes told it.
+def with_sizes(targets: BoxTargets, index: Index, decoded: npt.NDArray[np.int64]) -> BoxTargets:
+    """The targets with the size of every image that has a box, as it was decoded where no file of boxes told it.
+
+    Args:
+        targets: boxes of the index.
+        index: whose images.
+        decoded: (N, 2) width and height of the images, px.
 
     Raises:
-        DataError: an image that is missing or whose header cannot be read, or a box that leaves its image.
+        DataError: a box that leaves its image.
     """
-    from trainables.data.decode import size_of
-
     unknown = np.array([row for row in np.unique(targets.rows).tolist() if not targets.sizes[row].all()], np.intp)
     if not len(unknown):
         return targets
     sizes = targets.sizes.copy()
-    paths = locate(index, root)
-    for row in unknown.tolist():
-        sizes[row] = size_of(paths[row])
+    sizes[unknown] = decoded[unknown]
     for row, corners in zip(targets.rows.tolist(), targets.corners.tolist(), strict=True):
         if fault := box_fault(corners, tuple(sizes[row].tolist())):
             raise DataError(f"{index.dataset}: image {index.names[row]}: {fault}; mend or remove the box")

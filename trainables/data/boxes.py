@@ -9,15 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.index import DataError
-
-if TYPE_CHECKING:
-    from trainables.data.adapter import Refused
+from trainables.data.index import DataError, Refused
 
 FUSION_IOU = 0.55  # boxes of a class that overlap by more are one (weighted boxes fusion)
 _STEP = 1e-9  # below float32's precision: orders boxes of equal weight, and weighs nothing

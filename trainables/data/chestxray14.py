@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes, box_fault
-from trainables.data.index import SPLITS, DataError
+from trainables.data.index import CHEST_RADIOGRAPHS, SPLITS, DataError
 from trainables.data.tables import RowError, find_file, multi_hot, read_rows, root_of, texts
 from trainables.settings import DatasetSettings
 
@@ -118,7 +118,7 @@ def _official(root: Path, table: Path, names: Sequence[str]) -> npt.NDArray[np.u
     for split, file in OFFICIAL_LISTS.items():
         if not (root / file).is_file():
             raise DataError(f"{root / file} does not exist: the official split needs it; or set dataset.split=grouped")
-        for name in (root / file).read_text(encoding="utf-8").split():
+        for name in _words(root / file):
             if listed.setdefault(name, split) != split:
                 raise DataError(f"{root / file}: {name} is in {OFFICIAL_LISTS[listed[name]]} too; expected one of them")
     missing = [name for name in names if name not in listed]
@@ -128,6 +128,13 @@ def _official(root: Path, table: Path, names: Sequence[str]) -> npt.NDArray[np.u
             f"the first is {missing[0]}; complete the lists or set dataset.split=grouped"
         )
     return np.array([SPLITS.index(listed[name]) for name in names], np.uint8)
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list of names in UTF-8: {error}") from error
 
 
 def read_boxes(settings: DatasetSettings) -> Boxes | None:
@@ -192,5 +199,6 @@ INFO = DatasetInfo(
         "Labels were mined from radiology reports.",
         "RAD-DINO was pretrained on images of ChestX-ray14: test images may have been seen unlabelled.",
     ),
+    claims=CHEST_RADIOGRAPHS,
 )
 ADAPTER = Adapter(INFO, read_table, image_folders, read_boxes=read_boxes)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.data.adapter import Adapter, DatasetInfo, Table
-from trainables.data.index import SPLITS, UNLABELLED, DataError
+from trainables.data.index import CHEST_RADIOGRAPHS, SPLITS, UNLABELLED, DataError
 from trainables.data.tables import RowError, Rows, read_rows, root_of, texts
 from trainables.settings import DatasetSettings
 
@@ -146,5 +146,6 @@ INFO = DatasetInfo(
         "Labels were mined from radiology reports.",
         "RAD-DINO was pretrained on images of CheXpert: test images may have been seen unlabelled.",
     ),
+    claims=CHEST_RADIOGRAPHS,
 )
 ADAPTER = Adapter(INFO, read_table, image_folders, options=frozenset({"uncertain", "views"}))

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from trainables.data.adapter import Refused
 from trainables.data.boxes import Boxes, box_fault
-from trainables.data.index import DataError
+from trainables.data.index import DataError, Refused
 from trainables.data.tables import texts
+
+_BROKEN = (KeyError, TypeError, ValueError, OverflowError)  # entries that lack something, or hold something else
+_LONGEST = 1000  # characters of a name: arrays of names are as wide as the longest
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,18 @@ def read_coco(path: Path) -> Coco:
     sizes: dict[str, tuple[int, int]] = {}
     for number, image in enumerate(data["images"]):
         try:
-            name, size = str(image["file_name"]), (int(image["width"]), int(image["height"]))
+            name, size = _name(image["file_name"]), (int(image["width"]), int(image["height"]))
             if name in sizes:
                 raise ValueError(f"image {name} is listed twice")
             names[image["id"]] = name
             sizes[name] = size
-        except (KeyError, TypeError, ValueError) as error:
+        except _BROKEN as error:
             refused.append(Refused(f"{path}, images[{number}]", _reason(error)))
     boxes: list[CocoBox] = []
     for number, annotation in enumerate(data["annotations"]):
         try:
             boxes.append(_box(annotation, names, sizes, categories))
-        except (KeyError, TypeError, ValueError) as error:
+        except _BROKEN as error:
             refused.append(Refused(f"{path}, annotations[{number}]", _reason(error)))
     return Coco(path, sizes, tuple(categories[key] for key in sorted(categories)), tuple(boxes), tuple(refused))
 
@@ -102,7 +104,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 def _categories(path: Path, listed: list[Any]) -> dict[int, str]:
     try:
         return {int(category["id"]): str(category["name"]) for category in listed}
-    except (KeyError, TypeError, ValueError) as error:
+    except _BROKEN as error:
         raise DataError(f"{path}: categories: {_reason(error)}; expected an id and a name for each") from error
 
 
@@ -122,6 +124,13 @@ def _box(
     if fault is not None:
         raise ValueError(fault)
     return CocoBox(names[image], categories[category], corners)
+
+
+def _name(given: Any) -> str:
+    name = str(given) if isinstance(given, str | int) else ""
+    if not name or len(name) > _LONGEST or "\0" in name:
+        raise ValueError(f"file_name of {len(name)} characters; expected a file's name")
+    return name
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
 The json files are `annotations/*train*.json`, `*val*.json`, `*test*.json`, or `train/_annotations.coco.json` and its
 like in `valid` and `test`, or the single one that `dataset.table` names. Image labels are the presence of boxes;
-categories that no box has are left out. Without a patient id every image is its own group.
+categories that no box has are left out. Every image is its own group, unless `dataset.group_pattern` finds the patient
+in its name.
 
 `dataset.split=official` takes the files' split; without a test file, val is the test and val is held out of train.
 """
@@ -16,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
+from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes
 from trainables.data.coco import Coco, read_coco, to_boxes
 from trainables.data.files import IMAGE_SUFFIXES
-from trainables.data.index import SPLITS, DataError
+from trainables.data.index import SPLITS, DataError, Refused
+from trainables.data.name_groups import grouped_by_name
 from trainables.data.tables import multi_hot, root_of, texts
 from trainables.settings import DatasetSettings
 
@@ -32,7 +34,8 @@ def read_table(settings: DatasetSettings) -> Table:
     """Read the json files; labels are the presence of boxes.
 
     Raises:
-        DataError: no file, one that cannot be read, or no split where the official one is asked for.
+        DataError: no file, one that cannot be read, no split where the official one is asked for, or a name without a
+            group.
     """
     files = _files(settings)
     coco = {part: read_coco(path) for part, path in files.items()}
@@ -48,13 +51,14 @@ def read_table(settings: DatasetSettings) -> Table:
     found: dict[str, set[str]] = {name: set() for name in names}
     for box in (box for file in coco.values() for box in file.boxes):
         found[box.image].add(box.category)
-    images = texts(list(names))
+    info = replace(INFO, classes=classes, channels=settings.channels or INFO.channels)
+    groups, info = grouped_by_name(info, list(names), settings.group_pattern)
     return Table(
-        images,
-        images,
+        texts(list(names)),
+        groups,
         multi_hot([sorted(found[name]) for name in names], classes),
         official=split_marks(list(names.values())) if settings.split == "official" else None,
-        info=replace(INFO, classes=classes, channels=settings.channels or INFO.channels),
+        info=info,
         refused=tuple(refused),
     )
 
@@ -136,6 +140,8 @@ INFO = DatasetInfo(
     channels=3,
     synthetic=False,
     licence="yours",
-    notes=("Every image is its own group: one patient's may be in two splits.", "Labels are the presence of boxes."),
+    notes=("Labels are the presence of boxes.",),
 )
-ADAPTER = Adapter(INFO, read_table, image_folders, options=frozenset({"table", "channels"}), read_boxes=read_boxes)
+ADAPTER = Adapter(
+    INFO, read_table, image_folders, options=frozenset({"table", "channels", "group_pattern"}), read_boxes=read_boxes
+)

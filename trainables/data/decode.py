@@ -17,6 +17,8 @@ from trainables.data.placing import Fit, place
 
 LETTERBOX_GREY = 114  # what YOLO and RT-DETR were pretrained with around their images
 
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "WEBP", "PPM")  # Pillow's others run programs, or are films
+
 # What decoders raise on files that are damaged, foreign or too large.
 UNREADABLE = (
     OSError,
@@ -48,14 +50,26 @@ def decode(path: Path, image_size: int, fit: Fit, channels: int, claims: Claims 
     Raises:
         one of `UNREADABLE`: the file cannot be decoded.
     """
+    return decode_sized(path, image_size, fit, channels, claims)[0]
+
+
+def decode_sized(
+    path: Path, image_size: int, fit: Fit, channels: int, claims: Claims | None = None
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    """As `decode`, with the (width, height) of the image itself, px.
+
+    Raises:
+        one of `UNREADABLE`: the file cannot be decoded.
+    """
     plain = decode_whole(path, channels, claims)
+    size = plain.size
     if fit == "letterbox":
         plain = _letterboxed(plain, image_size)
     elif plain.size != (image_size, image_size):
         box = _centre_square(*plain.size) if fit == "crop" else None
         # reducing_gap: large images are first halved by whole factors; indistinguishable from a full-size filter at 3.
         plain = plain.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return np.asarray(plain).reshape(image_size, image_size, channels)
+    return np.asarray(plain).reshape(image_size, image_size, channels), size
 
 
 def decode_whole(path: Path, channels: int, claims: Claims | None = None) -> Image.Image:
@@ -65,12 +79,17 @@ def decode_whole(path: Path, channels: int, claims: Claims | None = None) -> Ima
         one of `UNREADABLE`: the file cannot be decoded.
     """
     mode = "L" if channels == 1 else "RGB"
-    if _holds_dicom(path):
+    if holds_dicom(path):
         return read_dicom(path, claims).convert(mode)
-    with Image.open(path) as image:
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            raise ValueError("holds several pages; expected a single image")
-        return _eight_bits(image, mode)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+                raise ValueError("holds several pages; expected a single image")
+            return _eight_bits(image, mode)
+    except UNREADABLE:
+        raise
+    except Exception as error:  # what damage makes of a header may raise anything
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -80,15 +99,16 @@ def size_of(path: Path) -> tuple[int, int]:
         DataError: the header cannot be read.
     """
     try:
-        if _holds_dicom(path):
+        if holds_dicom(path):
             return dicom_size(path)
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
     except UNREADABLE as error:
         raise DataError(f"{path}: its size cannot be read: {error}") from error
 
 
-def _holds_dicom(path: Path) -> bool:
+def holds_dicom(path: Path) -> bool:
+    """Whether a file is to be read as DICOM, by its name or its first bytes."""
     return path.name.lower().endswith(DICOM_SUFFIXES) or is_dicom(path)
 
 

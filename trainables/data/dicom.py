@@ -18,6 +18,7 @@ from trainables.data.index import Claims, DataError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # from which on Pillow refuses an image as a bomb
 INSTALL = "install the extra: pip install 'spft-studies[dicom]'"
 
 
@@ -78,6 +79,24 @@ def dicom_size(path: Path) -> tuple[int, int]:
         raise ValueError(_reason(error)) from error
 
 
+def claimed(path: Path) -> tuple[str, str]:
+    """Modality and BodyPartExamined that a DICOM file says of itself, '' where it says nothing.
+
+    Raises:
+        DataError: pydicom is not installed.
+        ValueError: the header cannot be read.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise DataError(f"{path}: reading DICOM needs pydicom; {INSTALL}") from error
+    try:
+        data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "BodyPartExamined"])
+        return str(data.get("Modality") or ""), str(data.get("BodyPartExamined") or "").upper()
+    except Exception as error:  # as in `read_dicom`
+        raise ValueError(_reason(error)) from error
+
+
 def _check(data: Dataset, claims: Claims) -> None:
     """What a file does not say of itself is not held against it: released files are often stripped."""
     modality = str(data.get("Modality") or "")
@@ -89,13 +108,18 @@ def _check(data: Dataset, claims: Claims) -> None:
 
 
 def _image(data: Dataset) -> Image.Image:
-    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
     from pydicom.pixels.utils import pixel_array
 
     frames = int(data.get("NumberOfFrames") or 1)
     if frames != 1:
         raise ValueError(f"holds {frames} frames; expected a single image")
+    if data.Rows * data.Columns > MOST_PIXELS:
+        raise ValueError(f"{data.Columns} × {data.Rows} pixels; expected at most {MOST_PIXELS:,}")
     pixels = pixel_array(data)
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        coloured = apply_color_lut(pixels, data)
+        return Image.fromarray((coloured >> (8 * coloured.itemsize - 8)).astype(np.uint8))
     if pixels.ndim == 3:
         return Image.fromarray(_scaled(pixels))
     values = _scaled(apply_voi_lut(apply_modality_lut(pixels, data), data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,10 @@ def _image_files(folder: str) -> list[tuple[str, str]]:
             return [(e.name, e.path) for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # so there is none
+            return []
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from error
 
 
 def _refuse_escapes(dataset: str, root: Path, names: Sequence[str]) -> None:

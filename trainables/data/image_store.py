@@ -1,8 +1,9 @@
 """The files of a cache of decoded images: whole, begun, refreshed, or evicted for another one.
 
 `pixels-….u8` holds (N, S, S, C) bytes. `state.npz`, renamed into place last, names the pixel file of a whole cache,
-with the size and time of change of each image file and the sha256 of each decoded image. `begun.npz` is the same of one
-that is being decoded, where images that are not there yet have the hash 0: decoding that was stopped goes on from it.
+with the length and time of change of each image file, the sha256 of a few of them, and of each decoded image its
+sha256 and its own size. `begun.npz` is the same of one that is being decoded, where images that are not there yet have
+the hash 0: decoding that was stopped goes on from it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,38 @@ from trainables.data.placing import Fit
 _log = logging.getLogger(__name__)
 
 Hashes = npt.NDArray[np.uint8]  # (N, 32) sha256 of each image's pixels
-Stamps = npt.NDArray[np.int64]  # (N, 2) size in bytes, time of change in ns
+Sizes = npt.NDArray[np.int64]  # (N, 2) width and height of each image itself, px
 
 STATE, BEGUN = "state.npz", "begun.npz"
+SAMPLED = 16  # files whose contents tell one data set from another of the same names, lengths and times
 EVICTABLE_SECONDS = 24 * 3600.0  # since a cache was last opened: nobody is about to read it again
+
+
+@dataclass(frozen=True)
+class Files:
+    """What tells whether image files are still the ones that were decoded.
+
+    Attributes:
+        stamps: (N, 2) length in bytes, time of change in ns.
+        samples: (K, 32) sha256 of the contents of a few, spread evenly: another data set may have files of the same
+            names, lengths and times, since archives give them all one time.
+    """
+
+    stamps: npt.NDArray[np.int64]
+    samples: npt.NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> Files:
+        """Look at image files."""
+        stamps = np.array([(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in paths)], np.int64)
+        samples = [hashlib.sha256(_contents(paths[place])).digest() for place in _sampled(len(paths))]
+        return cls(stamps, np.frombuffer(b"".join(samples), np.uint8).reshape(-1, 32))
+
+    def changed(self, since: Files) -> npt.NDArray[np.bool_]:
+        """(N,) whether each file is another one: all are, where one of the samples is and its stamp does not say so."""
+        changed: npt.NDArray[np.bool_] = (self.stamps != since.stamps).any(1)
+        unsaid = (self.samples != since.samples).any(1) & ~changed[_sampled(len(changed))]
+        return changed | bool(unsaid.any())
 
 
 @dataclass(frozen=True)
@@ -41,13 +70,14 @@ class Stored:
 
     path: Path
     pixels: npt.NDArray[np.uint8]
-    stamps: Stamps
+    files: Files
+    sizes: Sizes
     stated: Hashes
     actual: Hashes
 
-    def outdated(self, stamps: Stamps) -> npt.NDArray[np.intp]:
+    def outdated(self, files: Files) -> npt.NDArray[np.intp]:
         """Images to decode again."""
-        return np.flatnonzero((self.stamps != stamps).any(1) | self.broken())
+        return np.flatnonzero(files.changed(self.files) | self.broken())
 
     def broken(self) -> npt.NDArray[np.bool_]:
         """(N,) whether the pixels differ from what was decoded."""
@@ -63,14 +93,16 @@ class ImageStore:
     shape: tuple[int, int, int, int]
     fit: Fit
     claims: Claims | None
+    most_bytes: int | None = None  # that it and all caches beside it may take
 
     @classmethod
-    def of(cls, index: Index, image_size: int, fit: Fit, folder: Path) -> ImageStore:
+    def of(cls, index: Index, image_size: int, fit: Fit, folder: Path, most_bytes: int | None = None) -> ImageStore:
         """The cache of an index at a size, under the folder of all caches."""
         h = hashlib.sha256(f"{image_size} {fit} {index.channels} {len(index)}\0".encode())
         h.update("\0".join(index.names.tolist()).encode())
         name = f"{index.dataset}-{image_size}-{fit}-{h.hexdigest()[:16]}"
-        return cls(folder / name, (len(index), image_size, image_size, index.channels), fit, index.claims)
+        shape = (len(index), image_size, image_size, index.channels)
+        return cls(folder / name, shape, fit, index.claims, most_bytes)
 
     @property
     def lock(self) -> FileLock:
@@ -111,17 +143,24 @@ class ImageStore:
             _log.warning("%s: %d bytes instead of %d; decoding anew", path, _size(path), self._bytes())
             return None
         pixels = np.memmap(path, np.uint8, "r" if name == STATE else "r+", shape=self.shape)
-        stamps, stated = state["stamps"].astype(np.int64), state["hashes"].astype(np.uint8)
-        return Stored(path, pixels, stamps, stated, np.stack([hash_of(image) for image in pixels]))
+        files = Files(state["stamps"].astype(np.int64), state["samples"].astype(np.uint8))
+        sizes, stated = state["sizes"].astype(np.int64), state["hashes"].astype(np.uint8)
+        return Stored(path, pixels, files, sizes, stated, np.stack([hash_of(image) for image in pixels]))
 
     def create(self) -> tuple[Path, npt.NDArray[np.uint8]]:
         """A new, writable pixel file; caches that were long of no use make room for it.
 
         Raises:
-            DataError: the disk is too full for it.
+            DataError: the disk is too full for it, or what caches may take is taken.
             OSError: it has become so meanwhile.
         """
-        _evict(self.folder, self._bytes())
+        self._evict()
+        if self.most_bytes is not None and self._room() < self._bytes():
+            raise DataError(
+                f"dataset.cache_gb: decoded images need {self._bytes() / 1e9:.2f} GB; of {self.most_bytes / 1e9:.2f} "
+                f"that are allowed, caches in use today take {_taken(self.folder) / 1e9:.2f}; allow more, delete some "
+                f"of {self.folder.parent}, or choose a smaller dataset.image_size"
+            )
         free = shutil.disk_usage(self.folder).free
         if free < self._bytes():
             raise DataError(
@@ -133,13 +172,13 @@ class ImageStore:
         claim_blocks(path)
         return path, pixels
 
-    def keep(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
+    def keep(self, path: Path, files: Files, sizes: Sizes, hashes: Hashes) -> None:
         """Say how far a pixel file has come, so that its decoding can go on after a sudden end."""
-        self._write(BEGUN, path, stamps, hashes)
+        self._write(BEGUN, path, files, sizes, hashes)
 
-    def save(self, path: Path, stamps: Stamps, hashes: Hashes) -> None:
+    def save(self, path: Path, files: Files, sizes: Sizes, hashes: Hashes) -> None:
         """Commit a written pixel file, then remove what no state names any more."""
-        self._write(STATE, path, stamps, hashes)
+        self._write(STATE, path, files, sizes, hashes)
         self.sweep(path, keep_begun=False)
 
     def sweep(self, *pixels: Path, keep_begun: bool = True) -> None:
@@ -149,10 +188,11 @@ class ImageStore:
             if path.name not in names:
                 path.unlink()
 
-    def _write(self, name: str, path: Path, stamps: Stamps, hashes: Hashes) -> None:
+    def _write(self, name: str, path: Path, files: Files, sizes: Sizes, hashes: Hashes) -> None:
         partial = self.folder / f"{name}-{uuid4().hex}.partial"
         with partial.open("wb") as file:
-            np.savez(file, pixels=np.array(path.name), stamps=stamps, hashes=hashes)
+            named, stamps, samples = np.array(path.name), files.stamps, files.samples
+            np.savez(file, pixels=named, stamps=stamps, samples=samples, sizes=sizes, hashes=hashes)
         partial.replace(self.folder / name)
 
     def _read(self, name: str) -> dict[str, npt.NDArray[np.generic]] | None:
@@ -161,7 +201,7 @@ class ImageStore:
             return None
         try:
             with np.load(path) as stored:
-                state = {key: stored[key] for key in ("pixels", "stamps", "hashes")}
+                state = {key: stored[key] for key in ("pixels", "stamps", "samples", "sizes", "hashes")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             _log.warning("%s: damaged (%s); decoding anew", path, error)
             return None
@@ -170,25 +210,33 @@ class ImageStore:
     def _bytes(self) -> int:
         return int(np.prod(self.shape))
 
+    def _room(self) -> int:
+        """Bytes that this cache may take now."""
+        free = shutil.disk_usage(self.folder).free
+        return free if self.most_bytes is None else min(free, self.most_bytes - _taken(self.folder))
 
-def _evict(folder: Path, wanted: int) -> None:
-    """Delete caches beside `folder`, the longest unused first, until there is room; a process that reads one goes on.
+    def _evict(self) -> None:
+        """Delete caches beside this one, the longest unused first, until there is room; who reads one goes on.
 
-    Only caches that nobody has opened for a day, so that two studies never take turns at evicting each other's.
-    """
-    old = time.time() - EVICTABLE_SECONDS
-    states = [(path.stat().st_mtime, path.parent) for path in folder.parent.glob(f"*/{STATE}") if path.parent != folder]
-    for used, other in sorted(states):
-        if shutil.disk_usage(folder).free >= wanted or used > old:
-            return
-        try:
-            with FileLock(other.with_suffix(".lock"), timeout=0):
-                shutil.rmtree(other)
-        except Timeout:  # somebody is about to use it
-            continue
-        _log.warning(
-            "%s: deleted, unused for %.0f days, to make room for %s", other, (time.time() - used) / 86400, folder
-        )
+        Only caches that nobody has opened for a day, so that two studies never take turns at evicting each other's.
+        """
+        old = time.time() - EVICTABLE_SECONDS
+        beside = [path for path in self.folder.parent.glob(f"*/{STATE}") if path.parent != self.folder]
+        for used, other in sorted((path.stat().st_mtime, path.parent) for path in beside):
+            if self._room() >= self._bytes() or used > old:
+                return
+            try:
+                with FileLock(other.with_suffix(".lock"), timeout=0):
+                    shutil.rmtree(other)
+            except Timeout:  # somebody is about to use it
+                continue
+            days = (time.time() - used) / 86400
+            _log.warning("%s: deleted, unused for %.0f days, to make room for %s", other, days, self.folder)
+
+
+def _taken(folder: Path) -> int:
+    """Bytes of the decoded images of all caches beside `folder`."""
+    return sum(path.stat().st_size for path in folder.parent.glob("*/pixels-*.u8") if path.parent != folder)
 
 
 def hash_of(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -196,9 +244,17 @@ def hash_of(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(hashlib.sha256(np.ascontiguousarray(image).data).digest(), np.uint8)
 
 
-def stamps_of(paths: list[Path]) -> Stamps:
-    """Of image files."""
-    return np.array([(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in paths)], np.int64)
+def _sampled(images: int) -> list[int]:
+    """Positions of the files that are read as samples."""
+    return sorted(set(np.linspace(0, images - 1, min(images, SAMPLED)).round().astype(int).tolist()))
+
+
+def _contents(path: Path) -> bytes:
+    """Of a file; nothing where it cannot be read, which decoding will say."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _size(path: Path) -> int:

@@ -11,15 +11,15 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import UnidentifiedImageError
 
-from trainables.data.decode import UNREADABLE, decode
-from trainables.data.image_store import Hashes, ImageStore, Stamps, Stored, hash_of, stamps_of
+from trainables.data.decode import UNREADABLE, decode_sized
+from trainables.data.image_store import Files, Hashes, ImageStore, Sizes, Stored, hash_of
 from trainables.data.index import DataError, Index
 from trainables.data.placing import Fit
 from trainables.data.registry import locate
@@ -40,12 +40,14 @@ class ImageCache:
         contents_digest: sha256 over the sha256 of each image's pixels, in the index's order.
         decoded: how many images this opening decoded.
         hashes: (N, 32) sha256 of each image's pixels.
+        sizes: (N, 2) width and height of the images themselves, px.
     """
 
     pixels: npt.NDArray[np.uint8]
     contents_digest: str
     decoded: int
     hashes: Hashes
+    sizes: Sizes
 
     @classmethod
     def open(
@@ -56,6 +58,7 @@ class ImageCache:
         image_size: int,
         fit: Fit,
         folder: Path,
+        most_bytes: int | None = None,
         workers: int = 1,
         told: Told | None = None,
     ) -> ImageCache:
@@ -70,21 +73,22 @@ class ImageCache:
             fit: 'crop' scales the shorter side to S and takes the centre; 'squash' scales both sides to S;
                 'letterbox' the longer side, the rest is grey.
             folder: of all caches.
+            most_bytes: that all caches under `folder` may take; None: what is free on the disk.
             workers: threads that decode.
             told: hears after each image how many of those to decode are done.
 
         Raises:
-            DataError: images that are missing or cannot be read.
+            DataError: images that are missing or cannot be read, or no room for the decoded ones.
         """
         paths = locate(index, root)
-        stamps = stamps_of(paths)
-        store = ImageStore.of(index, image_size, fit, folder)
+        files = Files.of(paths)
+        store = ImageStore.of(index, image_size, fit, folder, most_bytes)
         stored = store.load()
-        if stored is None or len(stored.outdated(stamps)):
+        if stored is None or len(stored.outdated(files)):
             folder.mkdir(parents=True, exist_ok=True)
             with store.lock:
                 # Another process may have decoded meanwhile: load again.
-                return _complete(store, store.load(), paths, stamps, workers, told)
+                return _complete(store, store.load(), paths, files, workers, told)
         return _opened(stored, 0)
 
 
@@ -113,60 +117,58 @@ def _complete(
     store: ImageStore,
     stored: Stored | None,
     paths: Sequence[Path],
-    stamps: Stamps,
+    files: Files,
     workers: int,
     told: Told | None,
 ) -> ImageCache:
     """Decode what is missing or outdated into a new pixel file, or on into one begun; the caller holds the lock."""
-    if stored is not None and len(stored.outdated(stamps)) == 0:
+    if stored is not None and len(stored.outdated(files)) == 0:
         return _opened(stored, 0)
     store.folder.mkdir(exist_ok=True)
-    path, pixels, hashes, todo = _begin(store, stored, stamps)
+    begun, todo = _begin(store, stored, files)
 
     def keep() -> None:
-        store.keep(path, stamps, hashes)
+        store.keep(begun.path, files, begun.sizes, begun.stated)
 
     try:
-        _decode_into(pixels, hashes, paths, todo, store, workers, told, keep)
+        _decode_into(begun, paths, todo, store, workers, told, keep)
     except BaseException:  # Ctrl-C and images that cannot be read included: what is done is done
         try:
             keep()
         except OSError as error:  # it would only have spared time, and must not hide why decoding has ended
             _log.warning("%s: %s; images that are decoded already will be decoded again", store.folder, error)
         raise
-    pixels.flush()  # type: ignore[attr-defined]
-    store.save(path, stamps, hashes)
-    read_only = np.memmap(path, np.uint8, "r", shape=store.shape)
-    return _opened(Stored(path, read_only, stamps, hashes, hashes), len(todo))
+    begun.pixels.flush()  # type: ignore[attr-defined]
+    store.save(begun.path, files, begun.sizes, begun.stated)
+    read_only = np.memmap(begun.path, np.uint8, "r", shape=store.shape)
+    return _opened(replace(begun, pixels=read_only), len(todo))
 
 
-def _begin(
-    store: ImageStore, stored: Stored | None, stamps: Stamps
-) -> tuple[Path, npt.NDArray[np.uint8], Hashes, npt.NDArray[np.intp]]:
-    """Pixel file, its pixels, the hashes of what is decoded (0 where nothing is), and what is to do."""
+def _begin(store: ImageStore, stored: Stored | None, files: Files) -> tuple[Stored, npt.NDArray[np.intp]]:
+    """A cache whose pixels may be written, with hash and size 0 where nothing is decoded, and what is to do."""
     begun = store.begun()
     kept = [cache.path for cache in (stored, begun) if cache is not None]
     store.sweep(*kept, keep_begun=begun is not None)
     if stored is not None and stored.broken().any():
         _log.warning("%s: %d images do not fit their digest; decoding them anew", stored.path, stored.broken().sum())
     source = begun or stored
-    hashes = np.zeros((len(stamps), 32), np.uint8)
-    todo = np.arange(len(stamps))
+    images = len(files.stamps)
+    hashes, sizes, todo = np.zeros((images, 32), np.uint8), np.zeros((images, 2), np.int64), np.arange(images)
     if source is not None:
-        todo = source.outdated(stamps)
-        done = np.setdiff1d(np.arange(len(stamps)), todo)
-        hashes[done] = source.stated[done]
+        todo = source.outdated(files)
+        done = np.setdiff1d(np.arange(images), todo)
+        hashes[done], sizes[done] = source.stated[done], source.sizes[done]
     if begun is not None:
-        return begun.path, begun.pixels, hashes, todo
-    path, pixels = store.create()
-    if stored is not None:
-        pixels[:] = stored.pixels
-    return path, pixels, hashes, todo
+        path, pixels = begun.path, begun.pixels
+    else:
+        path, pixels = store.create()
+        if stored is not None:
+            pixels[:] = stored.pixels
+    return Stored(path, pixels, files, sizes, hashes, hashes), todo
 
 
 def _decode_into(
-    pixels: npt.NDArray[np.uint8],
-    hashes: Hashes,
+    cache: Stored,
     paths: Sequence[Path],
     todo: npt.NDArray[np.intp],
     store: ImageStore,
@@ -179,17 +181,18 @@ def _decode_into(
     Raises:
         DataError: after all have been tried, how many cannot be read, and the first three.
     """
-    _, size, _, channels = pixels.shape
+    _, size, _, channels = cache.pixels.shape
 
     def decode_one(position: int) -> str | None:
         try:
-            image = decode(paths[position], size, store.fit, channels, store.claims)
+            image, own_size = decode_sized(paths[position], size, store.fit, channels, store.claims)
         except DataError:
             raise  # of no single image: a library is missing
         except UNREADABLE as error:
             return f"{paths[position]} ({_reason(error)})"
-        pixels[position] = image
-        hashes[position] = hash_of(image)
+        cache.pixels[position] = image
+        cache.sizes[position] = own_size
+        cache.stated[position] = hash_of(image)
         return None
 
     pool = ThreadPoolExecutor(max(1, workers))
@@ -216,4 +219,6 @@ def _reason(error: Exception) -> str:
 
 
 def _opened(stored: Stored, decoded: int) -> ImageCache:
-    return ImageCache(stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded, stored.stated)
+    return ImageCache(
+        stored.pixels, hashlib.sha256(stored.stated.tobytes()).hexdigest(), decoded, stored.stated, stored.sizes
+    )

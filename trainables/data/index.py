@@ -19,6 +19,14 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A row or annotation that cannot be used: where it stands, and why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Claims:
     """What DICOM files of a data set must say of themselves, where they say anything.
 
@@ -29,6 +37,9 @@ class Claims:
 
     modalities: tuple[str, ...]
     body_parts: tuple[str, ...]
+
+
+CHEST_RADIOGRAPHS = Claims(modalities=("CR", "DX", "DR"), body_parts=("CHEST", "THORAX", "LUNG"))
 
 
 @dataclass(frozen=True, eq=False)

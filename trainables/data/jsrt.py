@@ -1,4 +1,4 @@
-"""JSRT with SCR's expert masks, as folders: `images/NAME.png` and `masks/STRUCTURE/NAME.png` (above 127: inside).
+"""JSRT with SCR's expert masks, as folders: `images/NAME.png` and `masks/STRUCTURE/NAME.png` (see `masks.read_mask`).
 
 Any data set in this layout is read. The image label of JSRT is in its names: JPCLN… has a nodule, JPCNN… has none; a
 name of another form is unlabelled. Every image is of another patient.
@@ -6,20 +6,20 @@ name of another form is unlabelled. Every image is of another patient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
-from trainables.data.index import UNLABELLED, DataError
-from trainables.data.masks import Mask, Masks
+from trainables.data.adapter import Adapter, DatasetInfo, Table
+from trainables.data.index import CHEST_RADIOGRAPHS, UNLABELLED, DataError, Refused
+from trainables.data.masks import Mask, Masks, by_stem, read_mask
 from trainables.data.tables import root_of, texts
 from trainables.settings import DatasetSettings
 
 CLASSES = ("Nodule",)
 _LABELS = {"JPCLN": 1, "JPCNN": 0}
-_SUFFIX = ".png"
 
 
 def read_table(settings: DatasetSettings) -> Table:
@@ -31,12 +31,12 @@ def read_table(settings: DatasetSettings) -> Table:
     if settings.split == "official":
         raise DataError(f"{INFO.name}: there is no official split; set dataset.split=grouped")
     root = root_of(INFO.name, settings.root)
-    names = _names(root / "images")
+    names = _files(root / "images")
     refused = []
     complete = set(names)
     for structure in structures(root):
-        lacking = sorted(set(names) - set(_names(root / "masks" / structure)))
-        refused += [Refused(f"{root / 'images' / name}{_SUFFIX}", f"no mask of {structure}") for name in lacking]
+        lacking = sorted(names.keys() - _files(root / "masks" / structure).keys())
+        refused += [Refused(str(names[name]), f"no mask of {structure}") for name in lacking]
         complete -= set(lacking)
     kept = [name for name in names if name in complete]
     labels = np.array([[_LABELS.get(name[:5].upper(), UNLABELLED)] for name in kept], np.int8).reshape(-1, 1)
@@ -64,13 +64,14 @@ def read_masks(settings: DatasetSettings) -> Masks:
     """
     root = root_of(INFO.name, settings.root)
     found = structures(root)
-    return Masks(found, tuple(read_table(settings).names.tolist()), _Reader(root / "masks", found).read, {})
+    files = tuple(_files(root / "masks" / structure) for structure in found)
+    return Masks(found, tuple(read_table(settings).names.tolist()), _Reader(root / "masks", files).read, {})
 
 
 @dataclass(frozen=True)
 class _Reader:
     folder: Path
-    structures: tuple[str, ...]
+    files: tuple[Mapping[str, Path], ...]  # of each structure: name → file
 
     def read(self, name: str) -> Mask:
         """(S, H, W) masks of an image.
@@ -78,26 +79,17 @@ class _Reader:
         Raises:
             DataError: a mask cannot be read, or the masks differ in size.
         """
-        masks = [self._one(self.folder / structure / f"{name}{_SUFFIX}") for structure in self.structures]
+        masks = [read_mask(files[name]) for files in self.files]
         if len({mask.shape for mask in masks}) != 1:
             raise DataError(f"{self.folder}: masks of {name} differ in size; make them those of the image")
         return np.stack(masks)
 
-    def _one(self, path: Path) -> Mask:
-        from PIL import Image  # a plan reads tables, and needs no images
 
-        try:
-            with Image.open(path) as image:
-                inside: Mask = np.asarray(image.convert("L")) > 127
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as a mask: {error}") from error
-        return inside
-
-
-def _names(folder: Path) -> list[str]:
+def _files(folder: Path) -> dict[str, Path]:
+    """Name → file."""
     if not folder.is_dir():
         raise DataError(f"{INFO.name}: {folder} is not a folder; expected images/NAME.png and masks/STRUCTURE/NAME.png")
-    return sorted(path.stem for path in folder.iterdir() if path.suffix.lower() == _SUFFIX)
+    return by_stem(folder)
 
 
 def image_folders(root: Path) -> list[Path]:
@@ -115,5 +107,6 @@ INFO = DatasetInfo(
     synthetic=False,
     licence="research only",
     notes=("The label is the presence of a nodule, by the image's name; masks are drawn by experts (SCR).",),
+    claims=CHEST_RADIOGRAPHS,
 )
 ADAPTER = Adapter(INFO, read_table, image_folders, read_masks=read_masks)

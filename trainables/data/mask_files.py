@@ -9,20 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from trainables.data.decode import UNREADABLE
-from trainables.data.files import IMAGE_SUFFIXES
+from trainables.data.decode import size_of
 from trainables.data.index import DataError, Index
-from trainables.data.masks import CHEXMASK_STRUCTURES, Mask, read_chexmask
+from trainables.data.masks import CHEXMASK_STRUCTURES, Mask, aspect_fault, by_stem, read_chexmask, read_mask, stem_of
 from trainables.data.registry import locate
 
 FOLDER = "masks"
 TABLE_COLUMNS = {"left_lung": "Left Lung", "right_lung": "Right Lung", "heart": "Heart"}
-_ASPECT = 0.01  # relative difference of height : width that rounding explains; a padded or rotated mask differs more
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,8 @@ class MaskFolders:
                 f"{'; there are ' + ', '.join(present) if present else ''}; choose with segmentation.structures, or "
                 "name a table of run-length codes with segmentation.masks"
             )
-        by_stem = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES}
-        found = [by_stem.get(stem_of(name)) for name in self.index.names.tolist()]
+        files = by_stem(folder)
+        found = [files.get(stem_of(name)) for name in self.index.names.tolist()]
         missing = [name for name, file in zip(self.index.names.tolist(), found, strict=True) if file is None]
         if missing:
             raise DataError(
@@ -159,42 +154,10 @@ def mask_source(
     return MaskTable(index, root, tuple(structures), root / Path(table).expanduser(), min_quality)
 
 
-def stem_of(name: str) -> str:
-    """File name without folders and extension, by which an image and its masks find each other."""
-    path = PurePosixPath(name)
-    return path.stem if path.suffix.lower() in (*IMAGE_SUFFIXES, ".dicom", ".dcm") else path.name
-
-
-def read_mask(path: Path) -> Mask:
-    """(height, width) of an image file: inside is what is at least half as bright as its brightest pixel.
-
-    So 0/1, 0/255 and antialiased masks are read alike, and an all-black one is empty.
-
-    Raises:
-        DataError: the file cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            grey = np.asarray(image.convert("L"))
-    except UNREADABLE as error:
-        raise DataError(
-            f"{path}: the mask cannot be read ({type(error).__name__}: {error}); replace the file"
-        ) from error
-    inside: Mask = (grey > 0) & (2 * grey.astype(np.int32) >= int(grey.max()))
-    return inside
-
-
 def _check_aspect(at: str, image: Path, shape: tuple[int, ...]) -> None:
-    """A mask is scaled with its image, so both must show the same field: refuse padded, cropped or turned ones."""
-    if image.suffix.lower() not in IMAGE_SUFFIXES:
-        return  # its size is not known without decoding it
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except UNREADABLE as error:
-        raise DataError(f"{image}: cannot be read ({type(error).__name__}: {error}); replace the file") from error
-    if abs(height * shape[1] - width * shape[0]) > _ASPECT * width * shape[0]:
+    fault = aspect_fault(shape, size_of(image))
+    if fault is not None:
         raise DataError(
-            f"{at}: a mask of {shape[0]} × {shape[1]} px (height × width) does not go with its image {image.name} of "
-            f"{height} × {width}; expected the same proportions (of CheXmask: OriginalResolution, not Preprocessed)"
+            f"{at}: {fault}, {image.name}; expected the same proportions (of CheXmask: OriginalResolution, not "
+            "Preprocessed)"
         )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 
+from trainables.data.files import IMAGE_SUFFIXES
 from trainables.data.index import DataError
 
 Mask = npt.NDArray[np.bool_]
@@ -23,6 +24,8 @@ CHEXMASK_QUALITY = 0.7  # Dice RCA (Mean) from which its authors trust a mask
 _QUALITY = "Dice RCA (Mean)"
 _IMAGE = ("image_id", "Image Index", "Path", "dicom_id")  # each data set's table names its images in its own way
 _COLUMNS = (_QUALITY, *CHEXMASK_STRUCTURES, "Height", "Width")
+_ASPECT = 0.01  # relative difference of height : width that rounding explains
+_LARGEST_MASK = 2**28  # pixels
 _LARGEST_FIELD = 2**24  # characters of one run-length encoding; the csv module allows 2^17 by itself
 
 
@@ -43,6 +46,51 @@ class Masks:
     left_out: Mapping[str, str]
 
 
+def read_mask(path: Path) -> Mask:
+    """(height, width) of an image file: inside is what is at least half as bright as its brightest pixel.
+
+    So 0/1, 0/255 and antialiased masks are read alike, and an all-black one is empty.
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
+    from PIL import Image  # a plan reads tables, and needs no images
+
+    from trainables.data.decode import FORMATS, UNREADABLE
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            grey = np.asarray(image.convert("L"))
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path}: the mask cannot be read ({type(error).__name__}: {error}); replace the file"
+        ) from error
+    inside: Mask = (grey > 0) & (2 * grey.astype(np.int32) >= int(grey.max()))
+    return inside
+
+
+def stem_of(name: str) -> str:
+    """File name without folders and extension, by which an image and its masks find each other."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+
+
+def by_stem(folder: Path) -> dict[str, Path]:
+    """Image files of a folder by name without extension, by which an image and its masks find each other."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.name.lower().endswith(IMAGE_SUFFIXES)}
+
+
+def aspect_fault(mask: tuple[int, ...], image: tuple[int, int]) -> str | None:
+    """Why a mask of (height, width) does not go with an image of (width, height), px; None where it does.
+
+    A mask is scaled with its image, so both must show the same field: padded, cropped or turned ones do not.
+    """
+    width, height = image
+    if abs(height * mask[1] - width * mask[0]) <= _ASPECT * width * mask[0]:
+        return None
+    return f"a mask of {mask[0]} × {mask[1]} px (height × width) does not go with an image of {height} × {width}"
+
+
 def run_lengths(text: str, height: int, width: int) -> Mask:
     """(H, W) mask of `start length start length …`, starts counted from 1, row by row.
 
@@ -50,6 +98,8 @@ def run_lengths(text: str, height: int, width: int) -> Mask:
         ValueError: an odd number of values, a value that is no number, or runs that overlap or leave the
             image.
     """
+    if not 0 < height * width <= _LARGEST_MASK:
+        raise ValueError(f"{height} × {width} pixels; expected an image of at most {_LARGEST_MASK:,}")
     values = np.array(text.split(), dtype=np.int64)
     if values.size % 2:
         raise ValueError(f"{values.size} numbers; expected pairs of start and length")
@@ -152,7 +202,7 @@ class _ChexmaskReader:
             fields = next(csv.reader([raw]))
             height, width = (int(float(fields[self.columns[side]])) for side in ("Height", "Width"))
             masks = [run_lengths(fields[self.columns[s]], height, width) for s in CHEXMASK_STRUCTURES]
-        except (IndexError, ValueError, csv.Error) as error:
+        except (IndexError, ValueError, OverflowError, csv.Error) as error:
             raise DataError(f"{self.path}, line {line}: masks of image {name}: {error}") from error
         finally:
             csv.field_size_limit(previous)

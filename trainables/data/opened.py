@@ -79,6 +79,13 @@ def refuse_images_in_both(home: Data, away: Data) -> None:
 def _opened(index: Index, settings: DatasetSettings, folders: Folders, workers: int, told: Told | None) -> Data:
     root = prepare(settings, index, folders.phantoms)
     images = ImageCache.open(
-        index, root, image_size=settings.image_size, fit=settings.fit, folder=folders.images, workers=workers, told=told
+        index,
+        root,
+        image_size=settings.image_size,
+        fit=settings.fit,
+        folder=folders.images,
+        most_bytes=None if settings.cache_gb is None else int(settings.cache_gb * 1e9),
+        workers=workers,
+        told=told,
     )
     return Data(index, images, root, folders.images)

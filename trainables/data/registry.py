@@ -118,7 +118,8 @@ def away_settings(settings: DatasetSettings) -> DatasetSettings:
     """The other data set, as the network sees images."""
     assert settings.test_on is not None, "asked for where the settings name another data set"
     source = settings.test_on.model_dump(exclude={"labels"})
-    return DatasetSettings(**source, image_size=settings.image_size, fit=settings.fit)
+    seen = {"image_size": settings.image_size, "fit": settings.fit, "cache_gb": settings.cache_gb}
+    return DatasetSettings(**source, **seen)
 
 
 def _refuse_one_data_set(home: DatasetSettings, away: DatasetSettings) -> None:

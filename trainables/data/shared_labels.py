@@ -22,6 +22,8 @@ SYNONYMS = {
 }
 # What a data set says of the other labels is no finding that could be found elsewhere.
 NO_FINDINGS = frozenset({"nofinding"})
+NORMAL = NO_FINDINGS | {"nofindings", "normal"}
+NO_DISEASE = frozenset({"supportdevices"})  # seen in images without any finding too
 
 
 def shared_labels(
@@ -79,6 +81,16 @@ def index_rows(index: Index, rows: np.ndarray[tuple[int], np.dtype[np.intp]]) ->
         labels=index.labels[rows],
         split=index.split[rows],
     )
+
+
+def means_no_finding(name: str) -> bool:
+    """Whether a label says that there is nothing to find."""
+    return _meaning(name) in NORMAL
+
+
+def is_finding(name: str) -> bool:
+    """Whether a label contradicts that there is nothing to find."""
+    return _meaning(name) not in NORMAL | NO_DISEASE
 
 
 def _meaning(name: str) -> str:

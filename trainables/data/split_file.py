@@ -75,7 +75,7 @@ def _write(path: Path, settings: DatasetSettings, table: Table, split: Split) ->
 
 
 def _read(path: Path, table: Table) -> Split:
-    head, _, body = path.read_text(encoding="utf-8").partition("\n")
+    head, _, body = path.read_text(encoding="utf-8", errors="replace").partition("\n")
     stated = re.match(r"# digest=([0-9a-f]{64}) ", head)
     if stated is None or stated[1] != _digest(body):
         raise DataError(

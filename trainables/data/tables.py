@@ -14,10 +14,10 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.adapter import Refused
-from trainables.data.index import DataError
+from trainables.data.index import DataError, Refused
 
 _Row = TypeVar("_Row")
+_LONGEST = 1000  # characters of a value: arrays of names are as wide as the longest
 
 
 class RowError(ValueError):
@@ -166,13 +166,20 @@ def _parsed(
         try:
             if len(fields) < named or any(fields[len(header) :]):
                 raise RowError(f"{len(fields)} fields; expected {named} as in the header")
-            found.rows.append(parse([fields[position].strip() for position in wanted]))
+            found.rows.append(parse([_sound(fields[position].strip()) for position in wanted]))
             found.lines.append(line)
         except RowError as error:
             found.refused.append(Refused(f"{path}, line {line}", str(error)))
     if not (found.rows or found.refused):
         raise DataError(f"{path}: holds no rows; expected one line an image below the header")
     return found
+
+
+def _sound(value: str) -> str:
+    """The value, unless it is none that a name, label or number could have."""
+    if len(value) > _LONGEST or "\0" in value:
+        raise RowError(f"a value of {len(value)} characters{' with a NUL among them' if chr(0) in value else ''}")
+    return value
 
 
 def _position(path: Path, header: list[str], names: Sequence[str]) -> int:

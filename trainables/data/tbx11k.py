@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
+from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes
 from trainables.data.coco import Coco, read_coco, to_boxes
-from trainables.data.index import SPLITS, UNLABELLED, DataError
+from trainables.data.index import CHEST_RADIOGRAPHS, SPLITS, UNLABELLED, DataError, Refused
 from trainables.data.tables import root_of, texts
 from trainables.settings import DatasetSettings
 
@@ -117,6 +117,7 @@ INFO = DatasetInfo(
     synthetic=False,
     licence="CC BY-NC-SA 4.0",
     notes=("No patient id was released: the split is by image.",),
+    claims=CHEST_RADIOGRAPHS,
 )
 ADAPTER = Adapter(
     INFO, read_table, image_folders, options=frozenset({"only_tb", "merge_classes"}), read_boxes=read_boxes

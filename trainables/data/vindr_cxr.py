@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes, box_fault
-from trainables.data.index import SPLITS, Claims, DataError
+from trainables.data.index import CHEST_RADIOGRAPHS, SPLITS, DataError
 from trainables.data.masks import Masks, read_chexmask
-from trainables.data.tables import RowError, Rows, find_file, multi_hot, read_rows, root_of, texts
+from trainables.data.tables import RowError, Rows, multi_hot, read_rows, root_of, texts
 from trainables.settings import DatasetSettings
 
 LOCAL = (
@@ -272,14 +272,15 @@ def _drawn(parts: Sequence[Rows[_Reading]], classes: tuple[str, ...]) -> Boxes:
     )
 
 
-def read_masks(settings: DatasetSettings) -> Masks:
-    """CheXmask's masks for VinDr-CXR, from a copy of its table under the root.
+def read_masks(settings: DatasetSettings) -> Masks | None:
+    """CheXmask's masks for VinDr-CXR, from a copy of its table under the root; None without one.
 
     Raises:
-        DataError: there is none, or it cannot be used.
+        DataError: it cannot be used.
     """
     root = root_of(INFO.name, settings.root)
-    return read_chexmask(find_file(INFO.name, root, CHEXMASK_TABLES))
+    path = next((root / name for name in CHEXMASK_TABLES if (root / name).is_file()), None)
+    return None if path is None else read_chexmask(path)
 
 
 def image_folders(root: Path) -> list[Path]:
@@ -301,6 +302,6 @@ INFO = DatasetInfo(
         "No patient id was released: the split is by image, and one patient's images may be in two splits.",
         "A label holds if more than half of an image's readers gave it.",
     ),
-    claims=Claims(modalities=("CR", "DX", "DR"), body_parts=("CHEST", "THORAX", "LUNG")),
+    claims=CHEST_RADIOGRAPHS,
 )
 ADAPTER = Adapter(INFO, read_table, image_folders, read_boxes=read_boxes, read_masks=read_masks)

@@ -2,8 +2,9 @@
 
 Folders are `images/train` with `labels/train`, or `train/images` with `train/labels` (val or valid, and test, alike),
 or `images` with `labels` alone. A line of a text file is `class x_centre y_centre width height`, in parts of the image.
-An image without a text file has no box. Image labels are the presence of boxes; without a patient id every image is its
-own group. The folders that data.yaml names are not looked at: they are paths of another machine as often as not.
+An image without a text file has no box. Image labels are the presence of boxes; every image is its own group, unless
+`dataset.group_pattern` finds the patient in its name. The folders that data.yaml names are not looked at: they are
+paths of another machine as often as not.
 
 `dataset.split=official` takes the folders' split; without a test folder, val is the test and val is held out of train.
 """
@@ -18,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from trainables.data.adapter import Adapter, DatasetInfo, Refused, Table
+from trainables.data.adapter import Adapter, DatasetInfo, Table
 from trainables.data.boxes import Boxes, box_fault
 from trainables.data.coco_folder import WORDS, split_marks
 from trainables.data.files import IMAGE_SUFFIXES
-from trainables.data.index import DataError
+from trainables.data.index import DataError, Refused
+from trainables.data.name_groups import grouped_by_name
 from trainables.data.tables import multi_hot, root_of, texts
 from trainables.settings import DatasetSettings
 
@@ -43,7 +45,8 @@ def read_table(settings: DatasetSettings) -> Table:
     """List the images and read their text files; labels are the presence of boxes.
 
     Raises:
-        DataError: no images, no names of the classes, or no split where the official one is asked for.
+        DataError: no images, no names of the classes, no split where the official one is asked for, or a name
+            without a group.
     """
     root = root_of(INFO.name, settings.root)
     classes = _classes(root)
@@ -53,13 +56,14 @@ def read_table(settings: DatasetSettings) -> Table:
     found: dict[str, set[str]] = {name: set() for name in images}
     for line in lines:
         found[line.image].add(classes[line.label])
-    names = texts(list(images))
+    info = replace(INFO, classes=classes, channels=settings.channels or INFO.channels)
+    groups, info = grouped_by_name(info, list(images), settings.group_pattern)
     return Table(
-        names,
-        names,
+        texts(list(images)),
+        groups,
         multi_hot([sorted(labels) for labels in found.values()], classes),
         official=split_marks(list(images.values())) if settings.split == "official" else None,
-        info=replace(INFO, classes=classes, channels=settings.channels or INFO.channels),
+        info=info,
         refused=tuple(refused),
         warnings=(f"{without} images have no text file: read as images without a box",) if without else (),
     )
@@ -100,11 +104,12 @@ def _classes(root: Path) -> tuple[str, ...]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: cannot be read as YAML: {(str(error).splitlines() or [''])[0]}") from error
     names = data.get("names") if isinstance(data, dict) else None
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names or len({str(name) for name in names}) != len(names):
+    plain = isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
+    if not plain or not names or len({str(name) for name in names}) != len(names):
         raise DataError(f"{path}: names: expected a list of the classes' names, each once, or a mapping from 0, 1, …")
     return tuple(str(name) for name in names)
 
@@ -196,6 +201,8 @@ INFO = DatasetInfo(
     channels=3,
     synthetic=False,
     licence="yours",
-    notes=("Every image is its own group: one patient's may be in two splits.", "Labels are the presence of boxes."),
+    notes=("Labels are the presence of boxes.",),
 )
-ADAPTER = Adapter(INFO, read_table, image_folders, options=frozenset({"channels"}), read_boxes=read_boxes)
+ADAPTER = Adapter(
+    INFO, read_table, image_folders, options=frozenset({"channels", "group_pattern"}), read_boxes=read_boxes
+)
