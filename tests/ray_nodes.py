@@ -107,7 +107,8 @@ class RayNodes:
         log = self.folder / f"node{number}-{len(self.nodes)}.log"
         command = [*there, *before, RAY, "start", "--block", f"--node-ip-address={host}", *arguments]
         command += ["--object-store-memory=80000000", f"--min-worker-port={ports}", f"--max-worker-port={ports + 60}"]
-        command += ["--disable-usage-stats", f"--temp-dir={self.folder / str(number)}"]
+        # A folder for each start: in one where a head was killed, Ray takes it for running while its workers live.
+        command += ["--disable-usage-stats", f"--temp-dir={self.folder / f'{number}-{len(self.nodes)}'}"]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=out, env=os.environ | self.environment, start_new_session=True
