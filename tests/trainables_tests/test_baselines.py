@@ -242,7 +242,7 @@ def test_no_other_name_makes_a_pickle_run(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"encoder.{suffix}"
     torch.save({"weight": torch.zeros(2), "code": Runs(tmp_path / "ran")}, path)
     with pytest.raises(BackboneError, match=f"encoder.{suffix}"):
-        load_chain(baseline_at("timm:resnet18", path), 64)
+        load_chain(baseline_at("timm:resnet50.tv_in1k", path), 64)
     assert not (tmp_path / "ran").exists()
 
 
