@@ -125,6 +125,7 @@ def test_images_are_decoded_read_and_waited_for() -> None:
     told = figures("images")
     assert {name for name, figure in told.items() if figure.met is not None} == {
         "over decoding 1024 px PNGs",
+        "the same, flipped at random",
         "building, over a plain pass of Pillow",
         "waiting in an epoch of head training",
     }

@@ -91,7 +91,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
         "no folder": ["ablation", "--dataset", "ham10000", "--backbone", "tiny-phantom"],
         "twice by two options": ["ablation", "--dataset", "phantom", "-o", "dataset.name=ham10000", "--plan"],
         "two executors": ["ablation", "--executor", "local", "--address", "auto"],
-        "bucket": ["ablation", "--storage", "s3://bucket/results"],
+        "bucket": ["ablation", "--storage", "gs://bucket/results"],
         "closed ports": ["ablation", "--address", "127.0.0.1:1", "--tracking-uri", "http://127.0.0.1:1"],
         "a server without a name": ["ablation", "--tracking-uri", "http://no-such-host.invalid:5000"],
     }
@@ -118,7 +118,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
         ("no folder", ["ham10000: no folder given; say where the data set lies: --data-root ham10000=DIR"], 1),
         ("twice by two options", ["--dataset phantom and -o dataset.name=ham10000: give one of them"], 1),
         ("two executors", ["--address auto and --executor local: trials run either there or here"], 1),
-        ("bucket", ["--storage s3://bucket/results: expected a folder; mount what is no folder"], 1),
+        ("bucket", ["--storage gs://…: expected a folder or s3://BUCKET/PREFIX"], 1),
         (
             "closed ports",
             [
