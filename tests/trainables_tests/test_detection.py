@@ -283,7 +283,7 @@ BOXED = {"images": 600, "drop_classes": ()}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "size", "steps", "rate", "clip"),
-    [(YOLO, 128, 220, 5e-3, 10.0), (RTDETR, 96, 190, 1e-3, 1.0)],
+    [(YOLO, 128, 220, 5e-3, 10.0), (RTDETR, 96, 240, 1e-3, 1.0)],
     ids=["YOLO", "RT-DETR"],
 )
 def test_a_detector_can_learn_eight_phantoms_by_heart(
