@@ -22,3 +22,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder.name!r}: set SPFT_REAL_DATA to the folder that holds them")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--cluster`: the tests that take minutes of whole clusters, networks and servers each."""
+    parser.addoption("--cluster", action="store_true", help="run the tests marked cluster too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what was not asked for, saying so."""
+    if config.getoption("--cluster"):
+        return
+    left_out = pytest.mark.skip(reason="minutes of clusters, networks and servers: make test SLOW=1 ARGS=--cluster")
+    for item in items:
+        if item.get_closest_marker("cluster") is not None:
+            item.add_marker(left_out)

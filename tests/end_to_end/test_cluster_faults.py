@@ -131,6 +131,8 @@ import sys, ray
 from study.interrupts import answered_signals
 from study.ray_cluster import cluster
 from study.spec import Choices, find_study, load_study
+
+pytestmark = pytest.mark.cluster
 study = load_study(find_study("ablation"), Choices())
 with answered_signals(), cluster(sys.argv[1], study, verbose=False):
     print("connected", flush=True)

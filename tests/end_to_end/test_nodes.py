@@ -206,6 +206,7 @@ def trains(node: RayNode) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_what_an_autoscaler_is_to_bring_nodes_for_is_asked_of_ray_before_there_is_one(tmp_path: Path) -> None:
     """No node can hold a trial yet: without the setting that is refused, with it as many wait in Ray as it says."""
     with ray_nodes(workers=0) as cluster:

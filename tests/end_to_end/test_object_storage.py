@@ -22,6 +22,8 @@ from tests.object_stores import SECRET, Store, address_of, object_store
 from tests.ray_nodes import RayNodes, ray_nodes
 from tests.studies_for_tests import ROOT, Ran, run_smoke, run_study
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Store]:
