@@ -13,7 +13,7 @@ from tests.detection_extra import needs_detection
 from tests.made_datasets import make_tbx11k, make_vindr, save
 from tests.studies_for_tests import Ran, run_study
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 SHORT = {"seeds": [0], "strategy.head_epochs": 1, "strategy.tune_epochs": 1}
 DETECTORS = {

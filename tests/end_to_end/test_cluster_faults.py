@@ -29,6 +29,8 @@ SOONER = {
     "RAY_health_check_failure_threshold": "4",
 }
 
+pytestmark = pytest.mark.extended
+
 
 def patiently(condition: Callable[[], object], seconds: float, what: str) -> None:
     """Wait for a condition, whether or not the study still runs."""
@@ -132,7 +134,6 @@ from study.interrupts import answered_signals
 from study.ray_cluster import cluster
 from study.spec import Choices, find_study, load_study
 
-pytestmark = pytest.mark.cluster
 study = load_study(find_study("ablation"), Choices())
 with answered_signals(), cluster(sys.argv[1], study, verbose=False):
     print("connected", flush=True)

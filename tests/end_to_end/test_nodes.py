@@ -97,7 +97,8 @@ def test_a_port_where_something_else_listens_is_said_within_seconds(tmp_path: Pa
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        said = refusal(tmp_path, f"127.0.0.1:{listener.getsockname()[1]}", seconds=10)
+        at = f"127.0.0.1:{listener.getsockname()[1]}"
+        said = refusal(tmp_path, at, seconds=10, environment={"RAY_AUTH_MODE": "disabled"})
     assert "what listens there does not answer as Ray does" in said
 
 
@@ -206,7 +207,7 @@ def trains(node: RayNode) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_what_an_autoscaler_is_to_bring_nodes_for_is_asked_of_ray_before_there_is_one(tmp_path: Path) -> None:
     """No node can hold a trial yet: without the setting that is refused, with it as many wait in Ray as it says."""
     with ray_nodes(workers=0) as cluster:

@@ -22,7 +22,7 @@ from tests.object_stores import SECRET, Store, address_of, object_store
 from tests.ray_nodes import RayNodes, ray_nodes
 from tests.studies_for_tests import ROOT, Ran, run_smoke, run_study
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.extended
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from tests.launches import launched
 from tests.made_datasets import make_chexpert
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 SMALL = {
     "model.backbone": "tiny-phantom",

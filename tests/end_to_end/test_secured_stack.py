@@ -31,7 +31,7 @@ from tests.launches import Launch, completed, launched
 from tests.mlflow_servers import ServerWithUsers, basic
 from tests.studies_for_tests import ROOT, TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.extended, pytest.mark.timeout(900)]
 
 LONG = {**TINY, "strategy.tune_epochs": 400}  # trains until it is stopped
 LISTING = """

@@ -241,7 +241,7 @@ HALF, WHOLE = 30.0, 60.0  # of a minute
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seconds", [HALF, pytest.param(WHOLE, marks=pytest.mark.cluster)])
+@pytest.mark.parametrize("seconds", [HALF, pytest.param(WHOLE, marks=pytest.mark.extended)])
 def test_training_goes_on_while_the_mlflow_server_is_away_for_a_minute(
     seconds: float, undisturbed: Ran, tmp_path: Path
 ) -> None:
@@ -254,7 +254,7 @@ def test_training_goes_on_while_the_mlflow_server_is_away_for_a_minute(
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(no_postgres() is not None, reason=str(no_postgres()))
 def test_training_goes_on_while_the_database_of_the_mlflow_server_is_away_for_a_minute(
