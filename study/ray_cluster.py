@@ -77,7 +77,7 @@ def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[Non
                 _connect(options, where)
             if address is None:
                 log.info("metrics for Prometheus: targets in %s/%s", options["_temp_dir"], METRICS_TARGETS)
-            with watched(where):
+            with watched(where) if address is not None else nullcontext():  # one of our own lives and ends with us
                 yield
     except ClusterLostError:
         lost = True

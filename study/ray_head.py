@@ -103,8 +103,10 @@ def watched(where: str) -> Iterator[None]:
     """
     patience_s = float(os.environ.get(RAYS_PATIENCE) or RAYS_PATIENCE_S) / 2
     head, halt, ended = Head(_session, where, patience_s), Halt(), threading.Event()
-    for task in (lambda: _question(head, ended), lambda: _watch(head, halt, ended)):
-        threading.Thread(target=task, name="head watch", daemon=True).start()
+    tasks = (lambda: _question(head, ended), lambda: _watch(head, halt, ended))
+    threads = [threading.Thread(target=task, name="head watch", daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
     try:
         yield
     except BaseException:
@@ -113,6 +115,9 @@ def watched(where: str) -> Iterator[None]:
         raise halt.reason from None
     finally:
         ended.set()
+        if halt.reason is None:  # a question that outlived the head would end this process after Ray's own patience
+            for thread in threads:
+                thread.join(ANSWER_S + ASK_S)
 
 
 def leave() -> None:
