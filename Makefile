@@ -57,7 +57,7 @@ ablation: setup ## run the main study on the embedded synthetic data (no network
 	$(PY) study/launch.py ablation $(ARGS)
 
 test: setup ## run the tests that take seconds (SLOW=1: all of them)
-	$(LIMIT) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(if $(call on,$(SLOW)),,-m 'not slow') $(ARGS)
+	$(LIMIT) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(call on,$(SLOW)),,-m 'not slow') $(ARGS)
 
 lint: setup ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -299,31 +299,6 @@ def draw_groups(codes: npt.NDArray[np.intp], rng: np.random.Generator, draws: in
         yield np.ascontiguousarray(flat.reshape(size, n_groups).T[codes], dtype=np.int32)
 
 
-def bootstrap_macro_auc(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, groups: npt.ArrayLike, *, rng: np.random.Generator, draws: int = 1000
-) -> Estimate:
-    """Macro AUC of one model, labels and scores (N, C), with the percentile interval over groups (N,)."""
-    replicates, incomplete = macro_replicates(labels, np.asarray(scores)[None], groups, rng=rng, draws=draws)
-    return percentile_estimate(macro(class_auc(labels, scores)), replicates[0], incomplete)
-
-
-def bootstrap_macro_difference(
-    labels: npt.ArrayLike,
-    a: npt.ArrayLike,
-    b: npt.ArrayLike,
-    groups: npt.ArrayLike,
-    *,
-    rng: np.random.Generator,
-    draws: int = 1000,
-) -> Estimate:
-    """Difference of the macro AUCs of two models a − b, (N, C) each, on the same draws of groups (N,)."""
-    replicates, incomplete = macro_replicates(
-        labels, np.stack([np.asarray(a), np.asarray(b)]), groups, rng=rng, draws=draws
-    )
-    value = macro(class_auc(labels, a)) - macro(class_auc(labels, b))
-    return percentile_estimate(value, replicates[0] - replicates[1], incomplete)
-
-
 def percentile_estimate(value: float, replicates: Floats, incomplete: int = 0, alpha: float = ALPHA) -> Estimate:
     """A value with the percentile interval of its bootstrap replicates (D,), draws of no class left out."""
     defined = replicates[~np.isnan(replicates)]

@@ -154,7 +154,8 @@ def _detectable(comparison: Comparison) -> str:
 def _over_patients(noise: PatientNoise) -> str:
     side = "contains 0" if noise.macro.low <= 0 <= noise.macro.high else "excludes 0"
     bounds = interval(noise.macro.low, noise.macro.high)
-    return f"Over test patients, at these very seeds, the interval is {bounds} and {side}."
+    few = f" (of {noise.groups} groups: too few to rely on)" if noise.groups < FEW_GROUPS else ""
+    return f"Over test patients, at these very seeds, the interval is {bounds} and {side}{few}."
 
 
 def cost_notes(units: Units) -> list[str]:

@@ -71,21 +71,21 @@ study() {
         MLFLOW_TRACKING_USERNAME=study
         MLFLOW_TRACKING_PASSWORD=$(secret mlflow_study_password)
         export MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD
-        if trains "$@"; then join_for "$1"; fi
+        if [[ $1 == search || $1 == ablate-best ]]; then
+            PGPASSWORD=$(secret optuna_db_password)
+            export PGPASSWORD
+            options+=(--optuna-storage "${OPTUNA_URI:-postgresql+psycopg://optuna@postgres/optuna}")
+        fi
+        if trains "$@"; then join_cluster; fi
     fi
     exec python3 "$APP"/study/launch.py "$@" ${options[@]+"${options[@]}"}
 }
 
-join_for() { # make this container a node of the cluster, and add to study's options what the command needs
+join_cluster() { # make this container a node of the cluster, and name it in study's options
     with_token
     ray_node --address="$HEAD:$HEAD_PORT" --num-cpus=0 --num-gpus=0 >/tmp/ray-start.log 2>&1 ||
         { cat /tmp/ray-start.log >&2; exit 1; }
     options+=(--address "$HEAD:$HEAD_PORT")
-    if [[ $1 == search || $1 == ablate-best ]]; then
-        PGPASSWORD=$(secret optuna_db_password)
-        export PGPASSWORD
-        options+=(--optuna-storage "${OPTUNA_URI:-postgresql+psycopg://optuna@postgres/optuna}")
-    fi
 }
 
 head() {

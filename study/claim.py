@@ -26,13 +26,17 @@ def claimed(folder: Path, study: str, command: str) -> Iterator[None]:
         command: what a second driver is told to wait for.
 
     Raises:
-        StudyError: another driver runs the study there; at once, with host, process, start and command.
+        StudyError: another driver runs the study there; at once, with host, process, start and command. Or its file
+            system has no locks.
     """
     lock, note = FileLock(lock_file(folder, study), timeout=0), folder / f"{study}.json"
     try:
         lock.acquire()
     except Timeout:
         raise StudyError([f"{study} is being run in this storage already{_holder(note)}"]) from None
+    except OSError as error:
+        told = f"cannot be locked ({error.strerror}); mount it with locks, or give another --storage"
+        raise StudyError([f"{lock_file(folder, study)}: {told}"]) from error
     try:
         _write_note(note, command)
         yield

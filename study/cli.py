@@ -261,9 +261,9 @@ def report(
 
     records = load(at.address, at.study)
     _refuse_search(records.header)
-    again = f"python study/launch.py report {at.study} --storage {at.storage.shown}"
+    again = f"python study/launch.py report {at.study} {Launch(at.storage, tracking_uri).ledger_options}"
+    bring(at.storage, f"{at.study}/pictures", replace=True)
     with report_at(at.report, again) as place:
-        bring(at.storage, f"{at.study}/pictures")
         paths = write_report(records, place, kept_images(at.storage.folder, at.study))
         share_study(at.storage, at.study)
     console = Console()

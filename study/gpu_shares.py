@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 
 from study.chains import TASK_GROUPS, Chain
 from study.schedule import Node
-from study.spec import Execution
 from trainables.device_memory import CARD_KEPT, GPU_MEMORY
 from trainables.requests import RAW, Compute
 from trainables.results import CellResult
@@ -64,11 +63,6 @@ class GpuShares:
         self._precision = compute.precision
         self._taken: dict[Alike, dict[int, Taken]] = defaultdict(dict)  # by depth
         self._refused: set[tuple[Alike, int]] = set()
-
-    @classmethod
-    def declared(cls, execution: Execution, compute: Compute) -> GpuShares:
-        """As a study declares them."""
-        return cls(execution.gpus, compute)
 
     @property
     def most(self) -> float:

@@ -125,8 +125,8 @@ def report_joint(joint: JointStudy, launch: Launch) -> None:
     for records in records_of(joint, launch.ledger):
         name = records.header.study
         again = f"python study/launch.py report {name} {launch.ledger_options}"
+        bring(launch.storage, f"{name}/pictures", replace=True)
         with report_at(launch.folder / name / "report", again) as place:
-            bring(launch.storage, f"{name}/pictures")
             write_report(records, place, kept_images(launch.folder, name))
             share_study(launch.storage, name)
     write_joint(joint, launch, Console())

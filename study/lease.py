@@ -70,7 +70,7 @@ def _renew(lease: _Lease, ended: threading.Event, halt: Callable[[Exception], No
             lease.renew()
         except AwayError as error:
             log.info("the lease cannot be renewed: %s", error)  # training says so as well, once it needs the store
-        except StudyHaltedError as error:
+        except Exception as error:  # also one that nobody thought of: nothing must train on under a lapsed lease
             halt(error)
             return
 
@@ -97,7 +97,10 @@ class _Lease:
                 self._store.uri,
                 self._study,
             )
-        self._store.remove(*(name for name in before.values()))
+        numbers = self._numbers()
+        if (top := max(numbers, default=number)) > number:  # others took it, and gave it back, since it was listed
+            raise self._held(self._read(numbers[top]))
+        self._store.remove(*before.values())
 
     def renew(self) -> None:
         """Write it anew.

@@ -18,6 +18,7 @@ from analysis.schema import StudyHeader
 from analysis.tracking import LedgerAwayError, LedgerError, environment
 from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
+from study.places import AwayError
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +213,8 @@ class LedgerWriter:
         time.sleep(min(seconds, 0.5))
 
     def _explained(self, error: Exception) -> Exception:
+        if isinstance(error, AwayError):  # the storage, whose files are told
+            return error
         if isinstance(error, LedgerAwayError):
             where = f"the ledger {self._ledger.tracking_uri} is away ({error.reason})"
             remedy = "start its server, or end the process that locks its database, and run the same command again"

@@ -105,7 +105,7 @@ def _store_fault(for_what: Wanted, sources: str | None) -> str | None:
     if sources is None:
         return None
     from study.documents import StudyError
-    from study.places import Address
+    from study.places import Address, AwayError
     from study.store import Store
 
     try:
@@ -115,6 +115,8 @@ def _store_fault(for_what: Wanted, sources: str | None) -> str | None:
         found = place.get(for_what.note)
     except StudyError as error:
         return error.problems[0].removeprefix(f"--storage {for_what.uri}: ")
+    except AwayError as error:
+        return f"{error.strerror}; {error.remedy}"
     except OSError as error:
         return str(error.strerror or error)
     return (

@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -62,8 +63,8 @@ class ObjectStore:
         self.uri = uri
         self._folder = folder
         self._patience_s = PATIENCE_S
-        self._scheme, _, self._root = uri.partition("://")
-        self._files, self._failures = _client(self._scheme)
+        scheme, _, self._root = uri.partition("://")
+        self._files, self._failures = _client(scheme)
 
     # -- bundles ------------------------------------------------------------------------------------------------------
 
@@ -89,6 +90,15 @@ class ObjectStore:
         ETag): an object that has both is not downloaded, another one is, and its digest decides.
         """
         manifest = self._manifest(bundle)
+        while True:
+            try:
+                return self._check(bundle, manifest, digests)
+            except FileNotFoundError:  # published again meanwhile
+                before, manifest = manifest, self._manifest(bundle)
+                if manifest == before:
+                    raise
+
+    def _check(self, bundle: str, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
         listed = self._listed(bundle)
         for name, expected in digests.items():
             entry = _entry(manifest, name)
@@ -109,6 +119,7 @@ class ObjectStore:
                 partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
                 write_file(partial, data)
                 partial.replace(path)
+                _remove_older(path.parent)
             return path
         return self._folder / "fetched" / bundle / name
 
@@ -330,6 +341,13 @@ def _client(scheme: str) -> tuple[Any, tuple[type[BaseException], ...]]:
     files = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, config_kwargs=timeouts)
     files.retries = 1
     return files, (OSError, BotoCoreError, ClientError, TransportError)
+
+
+def _remove_older(folder: Path) -> None:
+    """Remove copies of earlier publications of a bundle."""
+    for old in folder.parent.iterdir():
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _entry(manifest: Mapping[str, Entry], name: str) -> Entry:

@@ -34,7 +34,10 @@ DEFAULT_LOCAL = "outputs"
 LEAST_ROOM = 1 << 20  # bytes that a storage must be able to take, before a study and after something went wrong
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What is being written, by its makers' names for it; what is older than some hours is of processes that were killed.
-UNFINISHED = ("partial/*", ".mlflow.db.*", ".ray_auth_token.*", "splits/.*", "locks/.*", "*/report/.*", "*/pictures/.*")
+UNFINISHED = (
+    *("partial/*", ".mlflow.db.*", ".ray_auth_token.*", "splits/.*", "locks/.*"),
+    *("*/report/.*", "*/pictures/.*", "fetched/*/*/*/*/.*"),
+)
 ABANDONED_S = 6 * 3600
 
 
@@ -96,7 +99,7 @@ class Address:
 
     def here(self) -> Address:
         """The same storage as this machine sees it, which may keep its own part elsewhere than the driver's does."""
-        if self.uri is None or LOCAL not in os.environ:
+        if self.uri is None or not os.environ.get(LOCAL):
             return self
         scheme, _, rest = self.uri.partition("://")
         return Address(_beside(scheme, rest.split("/")), self.uri)

@@ -40,13 +40,13 @@ def require_disk(plan: Plan, store: Store) -> None:
         return
     wanted = needed - _written(store.root)
     if wanted > free:
-        what, where = "images, caches, states and weights", f"--storage {store.root}"
+        what, where, other = "images, caches, states and weights", f"--storage {store.root}", "choose another --storage"
         if store.address.uri is not None:
-            what, where = "images and caches", f"{store.root} (see {LOCAL})"
+            what, where, other = "images and caches", str(store.root), f"name another folder by {LOCAL}"
         raise StudyError(
             [
                 f"{where}: the study takes {wanted / 1e9:,.1f} GB for {what}, {free / 1e9:,.1f} GB are free; make "
-                "room, choose another --storage, or a smaller dataset.image_size"
+                f"room, {other}, or choose a smaller dataset.image_size"
             ]
         )
 

@@ -31,7 +31,7 @@ from study.executors import placed
 from study.interrupts import ClusterLostError, kept_signals
 from study.ray_dashboard import job_of
 from study.ray_environment import address_fault, sent_along, token_fault
-from study.ray_head import THIS_MACHINE, leave, watched
+from study.ray_head import leave, watched
 from study.schedule import Schedule
 from study.spec import Study
 from study.store import Store
@@ -70,14 +70,14 @@ def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[Non
         options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": None, "_temp_dir": folder}
     else:
         options |= {"address": _answering(address)}
-    where, lost = THIS_MACHINE if address is None else f"--address {address}", False
+    where, lost = "this machine" if address is None else f"--address {address}", False
     try:
         with _quiet(verbose):
             with _on_loopback() if address is None else nullcontext():
                 _connect(options, where)
             if address is None:
                 log.info("metrics for Prometheus: targets in %s/%s", options["_temp_dir"], METRICS_TARGETS)
-            with watched(where) if address is not None else nullcontext():  # one of our own lives and ends with us
+            with watched(where) if address is not None else nullcontext():
                 yield
     except ClusterLostError:
         lost = True
@@ -96,7 +96,7 @@ class Room:
 
     def __init__(self, autoscale_to: int | None) -> None:
         """See `study.spec.Execution`."""
-        self._least = autoscale_to or 1
+        self._declared = autoscale_to
         self._nodes: list[dict[str, Any]] = []
         self._looked = -math.inf
 
@@ -111,14 +111,16 @@ class Room:
 
     def overflows(self, given: Iterable[Resources]) -> bool:
         """Whether some of the trials that are given out wait for a node that is to come."""
-        if self._least == 1:
+        if self._declared is None:
             return False
         return sum(Fraction(1, max(1, self._fit(asked))) for asked in given) > 1
 
     def slots(self, asked: Resources) -> int:
         """How many trials that ask for so much are given out at a time; at least one, which then waits for a node."""
+        if self._declared is None:
+            return max(self._fit(asked), 1)
         part = min(asked.get("GPU", 1.0), 1.0)
-        return max(self._fit(asked), int(self._least / part + 1e-9))
+        return max(self._fit(asked), int(self._declared / part + 1e-9))
 
     def _fit(self, asked: Resources) -> int:
         return sum(_room(node, asked) for node in self._nodes)

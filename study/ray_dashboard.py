@@ -1,6 +1,6 @@
 """What Ray's dashboard and Prometheus see of a study: names of the job, the workers and the tasks, and figures.
 
-With `ray_executor` and `ray_cluster` the only file that imports ray.
+With `ray_executor`, `ray_cluster` and `ray_head` the only files that import ray.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ray.util.metrics import Counter, Gauge
 if TYPE_CHECKING:
     from study.executors import Listener
     from study.schedule import Node, Schedule, Status
+    from study.spec import Study
     from trainables.results import EpochRecord
 
 STATUSES: tuple[Status, ...] = ("waiting", "running", "done", "skipped", "failed")
 LONGEST = 500  # characters of a job's metadata: a search has as many rows as trials
-Study = Any  # study.spec.Study: this file takes three of its names and needs no more
 
 
 def job_of(study: Study) -> JobConfig:

@@ -25,7 +25,6 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 KNOCK_SECONDS = 3.0  # for a port to answer
-MODES = ("token", "disabled")
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY(_|$)|(^|_)AUTH(_|$)")  # names of what is told nobody
 
@@ -68,9 +67,13 @@ def prepare_environment(folder: Path, *, local: bool) -> None:
 def mode_fault() -> str | None:
     """Why it is not known whether a cluster of others asks for a token; None where it is."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    if mode in MODES or (not mode and any(os.environ.get(name) for name in TOKENS)):
+    given = any(os.environ.get(name) for name in TOKENS)
+    if mode == "disabled" or (given and mode in ("", "token")):
         return None
-    said = f"RAY_AUTH_MODE is {mode!r}" if mode else "RAY_AUTH_MODE is not set"
+    if mode == "token":
+        said = "RAY_AUTH_MODE is token, and no token is named"
+    else:
+        said = f"RAY_AUTH_MODE is {mode!r}" if mode else "RAY_AUTH_MODE is not set"
     return (
         f"{said}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the token that the cluster was "
         "started with (RAY_AUTH_MODE=disabled where it has none: then whoever reaches it may run code on it)"
@@ -107,7 +110,7 @@ def token_fault() -> str | None:
     """What is wrong with the token that the environment names: Ray would end this process where it cannot read it."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return None
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     try:
         if path.read_text().strip():
             return None

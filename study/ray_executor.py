@@ -70,7 +70,7 @@ class RayExecutor:
         self._address = address
         self._verbose = verbose
         self._timeout = timeout
-        self._shares = GpuShares.declared(execution, compute)
+        self._shares = GpuShares(execution.gpus, compute)
         self._shares.recall(known)
         self._resources = resources_of(float(execution.cpus), self._shares.most)
 
@@ -484,7 +484,7 @@ class TrialActor(tune.Trainable):
             said = {"failure": str(error), "refused": refused, "record": None}
             return {"epoch": self._worker.epoch, "done": True, **said}
         told = None if record is None else json.dumps(vars(record))
-        peak, card = self._worker.gpu_memory or (0, 0)
+        peak, card = (self._worker.gpu_memory if record is not None else None) or (0, 0)  # set-up alone takes less
         measured = {"gpu_peak": peak, "gpu_card": card}
         return {"epoch": self._worker.epoch, "done": self._worker.done, "record": told, **measured}
 

@@ -24,7 +24,6 @@ from study.watchdog import Silence
 
 log = logging.getLogger(__name__)
 
-THIS_MACHINE = "this machine"
 RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # environment: after so many seconds Ray ends this process
 RAYS_PATIENCE_S = 60.0
 ASK_S, ANSWER_S = 2.0, 5.0  # between two questions, and for an answer
@@ -44,12 +43,11 @@ class Head:
         Args:
             ask: the name of the head's session, another one each time that a head is started; raises where there is
                 no answer.
-            where: the cluster, as its user knows it; one on `THIS_MACHINE` is begun and ended with the study.
+            where: the cluster, as its user knows it.
             patience_s: seconds of silence after which it counts as gone.
         """
         self._ask = ask
-        self._where, self._own = where, where == THIS_MACHINE
-        self._patience_s = patience_s
+        self._where, self._patience_s = where, patience_s
         self._session: str | None = None
         self._replaced = False
         self._answers = threading.Event()
@@ -90,13 +88,14 @@ class Head:
         return None
 
     def _lost(self, what: str, remedy: str) -> ClusterLostError:
-        told = f"{self._where}: the head node {what}; nothing that was finished is lost"
-        return ClusterLostError(told if self._own else f"{told}. {remedy}")
+        return ClusterLostError(f"{self._where}: the head node {what}; nothing that was finished is lost. {remedy}")
 
 
 @contextmanager
 def watched(where: str) -> Iterator[None]:
     """Stop the body when the head of the cluster that this process is connected to is gone, or another one.
+
+    Not for a cluster that this process started: it ends with its driver.
 
     Raises:
         ClusterLostError: it is; Ray must not be asked for anything any more, see `leave`.
@@ -121,12 +120,7 @@ def watched(where: str) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Let this process end without Ray's farewell, which would wait for the head that is gone.
-
-    What it started itself, on this machine, is ended.
-    """
-    if (node := ray._private.worker._global_node) is not None:
-        node.kill_all_processes(check_alive=False)
+    """Let this process end without Ray's farewell, which would wait for the head that is gone."""
     atexit.register(_end)  # called first, as the last that was registered
 
 

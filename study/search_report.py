@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from analysis.csv_files import no_formula
 from analysis.layout import TextTable
 from analysis.schema import StudyHeader
 from analysis.search_page import SearchPage, render
@@ -61,11 +62,11 @@ def trials_csv(search: Search, trials: Sequence[TrialFacts]) -> str:
     keys = [dimension.key for dimension in search.space.dimensions]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["trial", "trajectory", "status", *search.settings.objectives, *keys, "error"])
+    writer.writerow(["trial", "trajectory", "status", *search.settings.objectives, *map(no_formula, keys), "error"])
     for trial in trials:
         values = [repr(value) for value in trial.values] or [""] * len(search.settings.objectives)
-        chosen = [str(trial.chosen[key]) if key in trial.chosen else "" for key in keys]
-        writer.writerow([trial.number, trial.trajectory, trial.status, *values, *chosen, trial.error])
+        chosen = [no_formula(str(trial.chosen[key])) if key in trial.chosen else "" for key in keys]
+        writer.writerow([trial.number, trial.trajectory, trial.status, *values, *chosen, no_formula(trial.error)])
     return out.getvalue()
 
 

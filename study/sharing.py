@@ -6,7 +6,6 @@ and nothing is copied.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import tempfile
@@ -20,11 +19,14 @@ from study.places import LOCAL, Address, AwayError, Place, place_of
 from trainables.cache_files import record_of
 
 
-def bring(address: Address, below: str, place: Place | None = None, into: Path | None = None) -> None:
+def bring(
+    address: Address, below: str, place: Place | None = None, into: Path | None = None, *, replace: bool = False
+) -> None:
     """Copy the files below a name that this machine does not have.
 
     Args:
         into: folder to put them under, if not the address's own.
+        replace: those too that it has: another machine may have written them anew.
 
     Raises:
         AwayError: the store cannot be read.
@@ -37,10 +39,10 @@ def bring(address: Address, below: str, place: Place | None = None, into: Path |
         if ".." in name.split("/"):
             raise StudyError([f"{address.uri}/{name}: no file of a storage is called so; remove it"])
         path = folder / name
-        data = None if path.is_file() else place.get(name)
+        data = place.get(name) if replace or not path.is_file() else None
         if data is not None:
             make_folder(path.parent)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
             write_file(partial, data)
             partial.replace(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,7 @@ def real_data() -> Path:
     return folder
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--extended`: the tests that take minutes each: clusters, networks, servers, whole studies."""
-    parser.addoption("--extended", action="store_true", help="run the tests marked extended too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was not asked for, saying so."""
-    if config.getoption("--extended"):
-        return
-    left_out = pytest.mark.skip(reason="takes minutes: make test SLOW=1 ARGS=--extended")
-    for item in items:
-        if item.get_closest_marker("extended") is not None:
-            item.add_marker(left_out)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first: with two workers, none is left alone with a long file at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from werkzeug.serving import BaseWSGIServer, make_server
 from werkzeug.wrappers import Response
 
+from analysis.tracking import environment
 from study.places import LOCAL, Address
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -79,7 +79,7 @@ class Store:
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             LOCAL: str(local),
         }
@@ -126,17 +126,10 @@ class Store:
 def object_store(local: Path) -> Iterator[Store]:
     """A store that this process and those that it starts may use."""
     store = Store()
-    given = store.environment(local)
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
     try:
-        yield store
+        with environment(**store.environment(local)):
+            yield store
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         store.stop()
 
 

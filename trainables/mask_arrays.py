@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-_BITS = 24  # whole numbers below 2^24 are exact in float32
-
 
 def dice(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     """2·|A ∩ B| / (|A| + |B|) over the last two axes (Dice 1945, Sørensen 1948).
@@ -15,12 +13,11 @@ def dice(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> npt.
         predicted, truth: (…, H, W), shapes that broadcast.
 
     Returns:
-        (…) float64; NaN where both masks are empty, which is undefined.
+        (…) float64; 1 where both masks are empty: that nothing is there was told right.
     """
     both = (predicted & truth).sum(axis=(-2, -1), dtype=np.int64)
     sizes = predicted.sum(axis=(-2, -1), dtype=np.int64) + truth.sum(axis=(-2, -1), dtype=np.int64)
-    with np.errstate(invalid="ignore"):
-        scores: npt.NDArray[np.float64] = np.divide(2.0 * both, sizes)
+    scores: npt.NDArray[np.float64] = np.divide(2.0 * both, sizes, out=np.ones(np.shape(sizes)), where=sizes > 0)
     return scores
 
 
@@ -33,7 +30,10 @@ def mean_defined(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def packed(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """(B, …) masks → (B, ⌈K / 24⌉) float32, K pixels an image, 24 in each number."""
+    """(B, …) masks → (B, ⌈K / 24⌉) float32, K pixels an image, 24 in each number.
+
+    Float32 holds all whole numbers below 2^24.
+    """
     octets = np.packbits(masks.reshape(len(masks), -1), axis=1)
     octets = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 3))).reshape(len(masks), -1, 3).astype(np.uint32)
     return (octets[..., 0] << 16 | octets[..., 1] << 8 | octets[..., 2]).astype(np.float32)
@@ -46,8 +46,3 @@ def unpacked(numbers: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.ND
     pixels = int(np.prod(shape))
     flat = np.unpackbits(octets.reshape(len(numbers), -1), axis=1, count=pixels)
     return flat.view(np.bool_).reshape(len(numbers), *shape)
-
-
-def numbers_for(pixels: int) -> int:
-    """⌈K / 24⌉ for K pixels."""
-    return -(-pixels // _BITS)

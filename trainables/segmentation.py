@@ -138,25 +138,38 @@ class Segmentation:
         return kept
 
     def score(self, predictions: npt.NDArray[np.float32], rows: Rows) -> Scores:
-        """Dice of each structure, its mean over images, and their mean over structures; the oracle's under its name."""
+        """Dice of each structure, its mean over images, and their mean over structures; the oracle's under its name.
+
+        `both_empty`: masks that are empty and predicted so; their Dice is 1.
+        """
         scores = mean_defined(self._dice(predictions, rows))  # (C, P)
         metrics: dict[str, float] = {}
         for p, label in enumerate(("", "_oracle")):
             metrics[f"mean_dice{label}"] = float(mean_defined(scores[:, p]))
             defined = {name: float(v) for name, v in zip(self.classes, scores[:, p], strict=True) if np.isfinite(v)}
             metrics |= {f"dice{label}/{name}": value for name, value in defined.items()}
+        metrics["both_empty"] = float(self._both_empty(predictions, rows))
         quality = scores[:, 0]
         missing = tuple(name for name, v in zip(self.classes, quality, strict=True) if not np.isfinite(v))
         return Scores(metrics, quality, missing)
 
     def _dice(self, predictions: npt.NDArray[np.float32], rows: Rows) -> npt.NDArray[np.float64]:
-        """(N, C, P) Dice of every image; NaN without a mask, or where mask and prediction are both empty."""
+        """(N, C, P) Dice of every image; NaN where there is no mask of a structure."""
         found = []
         for start in range(0, len(rows), _AT_ONCE):
             part = rows[start : start + _AT_ONCE]
             of_part = dice(self._unpacked(predictions[start : start + _AT_ONCE]), self._masks.of(part)[:, :, None])
             found.append(np.where(self._masks.known[part][:, :, None], of_part, np.nan))
         return np.concatenate(found)
+
+    def _both_empty(self, predictions: npt.NDArray[np.float32], rows: Rows) -> int:
+        """How many masks and their predictions without a hint are both empty, which counts as a Dice of 1."""
+        empty = (self._masks.area(rows) == 0) & self._masks.known[rows]
+        count = 0
+        for i in np.flatnonzero(empty.any(axis=1)).tolist():
+            (found,) = self._unpacked(predictions[i : i + 1])
+            count += int((empty[i] & ~found[:, 0].any(axis=(-2, -1))).sum())
+        return count
 
     def _unpacked(self, predictions: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         return unpacked(predictions, (len(self.classes), len(PROMPTS), self._masks.size, self._masks.size))

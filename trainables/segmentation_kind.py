@@ -84,7 +84,8 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     kind = settings.segmentation.prompt
     notes = [
         f"Dice: 2·|A ∩ B| / (|A| + |B|) at {settings.dataset.image_size} px ({settings.dataset.fit}), mean over images "
-        "of each structure, then over structures.",
+        "of each structure, then over structures; 1 where mask and prediction are both empty (as often as "
+        "cells.csv says under both_empty).",
         "Each image is segmented from a memory: an image of the training split of another patient, with its masks, "
         "chosen by a hash of the image's name. The prompt is a box around the whole image, so nothing of an image's "
         "own masks reaches its prediction.",

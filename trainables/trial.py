@@ -107,6 +107,7 @@ class Trial:
         self._history: list[EpochRecord] = []
         self._best: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._resume()
+        self._resumed = len(self._history)
         self._write_results()
 
     @property
@@ -298,8 +299,12 @@ class Trial:
         return result, _npz(task.describe(predictions, rows)), weights
 
     def _memory_on_record(self) -> dict[str, str]:
-        """For the next launch, which gives trials like it the part of a GPU that fits (see `study.gpu_shares`)."""
-        if (taken := self.gpu_memory) is None:
+        """For the next launch, which gives trials like it the part of a GPU that fits (see `study.gpu_shares`).
+
+        Nothing where this process has trained no epoch of it: set-up and evaluation alone take less.
+        """
+        taken = self.gpu_memory
+        if taken is None or len(self._history) == self._resumed:
             return {}
         peak, card = taken
         averages = len({watch.observer.copy for watch in self.request.watches if watch.observer.decay is not None})

@@ -38,7 +38,7 @@ class Workbench:
 
     def away(self, settings: Settings) -> tuple[Task, str]:
         """The task on the test images of `dataset.test_on`, and the digest of their contents."""
-        at = settings.dataset.model_dump_json()
+        at = settings.dataset.model_dump_json(exclude={"flips"})
         if self._away is None or self._away[0] != at:
             self._away = (at, open_away(settings.dataset, self._folders, workers=ALL))
         data = self._away[1]

@@ -42,7 +42,6 @@ def test_the_study_has_300_cells_and_330_trials(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.extended
 def test_a_study_is_watched_through_ray() -> None:
     measured = MEASUREMENTS["long-study"].run(Effort(1, smallest=True))
     assert (measured.facts["cells"], measured.facts["trials"]) == (6, 9)

@@ -18,9 +18,9 @@ from tests.studies_for_tests import TINY, Ran, run_study
 HASHES = ["weights_sha256", "trajectory_sha256", "best_epoch"]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return run_study(tmp_path_factory.mktemp("shared"))
+@pytest.fixture
+def shared(undisturbed: Ran) -> Ran:
+    return undisturbed
 
 
 def same_numbers(a: Ran, b: Ran) -> None:
@@ -125,8 +125,13 @@ def test_a_decay_added_later_replays_from_stage_two_and_equals_one_declared_at_o
     pd.testing.assert_frame_equal(ours, shared.cells().loc["+ EMA (full)", HASHES])
 
 
-def test_through_ray_every_bit_is_the_same(shared: Ran, tmp_path: Path) -> None:
-    same_numbers(shared, run_study(tmp_path, executor="ray"))
+@pytest.mark.parametrize("sharing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["shared", "alone"])
+def test_through_ray_every_bit_is_the_same(sharing: bool, shared: Ran, tmp_path: Path) -> None:
+    ran = run_study(tmp_path, executor="ray", sharing=sharing)
+    same_numbers(shared, ran)
+    units = ran.header.units
+    assert units.executed == (units.shared if sharing else units.alone)
+    assert units.recomputed == 0
 
 
 def test_rows_that_come_out_the_same_are_flagged(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import socket
 import sqlite3
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_inputs import STUDY, Told, launch, launch_all, refused, written
+
+from study.ledger import Ledger
+from tests.ledger_samples import Sample, new_database, run_study
 
 # ------------------------------------------------------------------------------------------------------- the options
 
@@ -338,25 +340,13 @@ def test_a_ledger_that_is_not_there_is_said_and_none_is_made(
 
 
 @pytest.mark.slow
-def test_a_server_that_takes_the_connection_and_never_answers(tmp_path: Path) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        started = time.monotonic()
-        told = launch(tmp_path, "ablation", "--tracking-uri", address, "--storage", "results", "--executor", "local")
-        assert time.monotonic() - started < told.allowed
-    refused(told, f"the ledger at {address} cannot be used", "start the MLflow server or correct the address")
-    assert not any(name.startswith(("images", "phantoms", "states")) for name in written(tmp_path / "results"))
-
-
-@pytest.mark.slow
 def test_a_study_that_the_ledger_does_not_hold_is_named_with_those_that_it_holds(tmp_path: Path) -> None:
-    shortest = ("--seeds", "0", "-o", "strategy.head_epochs=1", "-o", "strategy.tune_epochs=1")
-    ran = launch(tmp_path, "runs", "--smoke", "--storage", "results", "--executor", "local", *shortest)
-    assert ran.status == 0, ran.err
+    (tmp_path / "results").mkdir()
+    run_study(Ledger(new_database(tmp_path / "results")), Sample())
     before = written(tmp_path / "results")
     for command in ("status", "report", "verify"):
         told = launch(tmp_path, command, "rnus", "--storage", "results")
-        refused(told, "no study 'rnus' in sqlite:///", "it holds runs")
+        refused(told, "no study 'rnus' in sqlite:///", "it holds ablation")
     assert written(tmp_path / "results") == before
 
 

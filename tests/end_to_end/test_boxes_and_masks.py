@@ -13,7 +13,7 @@ from tests.detection_extra import needs_detection
 from tests.made_datasets import make_tbx11k, make_vindr, save
 from tests.studies_for_tests import Ran, run_study
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended]
+pytestmark = pytest.mark.slow
 
 SHORT = {"seeds": [0], "strategy.head_epochs": 1, "strategy.tune_epochs": 1}
 DETECTORS = {
@@ -105,29 +105,3 @@ def test_clavicles_are_structures_as_lungs_and_heart_are(tmp_path: Path) -> None
     page = page_of(ran)
     assert all(name in page for name in structures)
     assert "64 px (crop)" in page and "box around the whole image" in page
-
-
-@needs_detection
-def test_real_radiographs_go_through_both_tasks(real_data: Path, tmp_path: Path) -> None:
-    """Two epochs each: what they learn is measured in docs/results."""
-    root = real_data / "nih_boxes"
-    (table,) = (root / "annotated_data" / "COCO").iterdir()
-    chosen = {"name": "coco", "root": str(root), "table": str(table), "group_pattern": "^[0-9]+", "channels": 1}
-    boxes = run_study(tmp_path / "boxes", SHORT, study=small_detectors(tmp_path, **chosen))
-    assert boxes.complete
-    index = boxes.plan.chains[0].material.index
-    splits = [set(index.groups[index.rows(split)].tolist()) for split in ("train", "val", "test")]
-    assert len(set.union(*splits)) == sum(map(len, splits)) == 41, "no patient is in two splits"
-    changes = {
-        **SHORT,
-        "dataset.name": "jsrt",
-        "dataset.root": str(real_data / "jsrt"),
-        "dataset.image_size": 64,
-        "dataset.images": 80,
-        "model.backbone": "tiny-sam2",
-    }
-    masks = run_study(tmp_path / "masks", changes, study="segmentation")
-    assert masks.complete
-    structures = ["left_lung", "right_lung", "heart"]
-    assert masks.cells()[[f"dice/{name}" for name in structures]].notna().all(axis=None)
-    assert "masks are drawn by experts" in page_of(masks)

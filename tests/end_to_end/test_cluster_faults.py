@@ -29,7 +29,7 @@ SOONER = {
     "RAY_health_check_failure_threshold": "4",
 }
 
-pytestmark = pytest.mark.extended
+pytestmark = pytest.mark.slow
 
 
 def patiently(condition: Callable[[], object], seconds: float, what: str) -> None:
@@ -64,7 +64,6 @@ def cables() -> Iterator[Network]:
         yield made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_node_that_is_cut_off_trains_on_unheard_and_every_bit_is_the_same(
     cables: Network, undisturbed: Ran, tmp_path: Path
@@ -97,7 +96,6 @@ def test_a_node_that_is_cut_off_trains_on_unheard_and_every_bit_is_the_same(
     assert list((storage / "partial").iterdir()) == [], "nothing half-written is left"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_head_node_that_dies_and_is_started_again_is_said_in_time_and_the_same_command_goes_on(
     undisturbed: Ran, tmp_path: Path
@@ -142,7 +140,6 @@ with answered_signals(), cluster(sys.argv[1], study, verbose=False):
 """
 
 
-@pytest.mark.slow
 def test_a_driver_that_waits_for_its_head_where_no_signal_reaches_it_is_ended_all_the_same() -> None:
     """As `ray.nodes()` does, which the driver asks now and then: Ray's own end of it would be without a word."""
     with ray_nodes(workers=0, settings={"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}) as nodes:

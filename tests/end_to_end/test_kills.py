@@ -16,7 +16,7 @@ import psutil
 import pytest
 from fault_checks import EpochsSaved, every_run_once, same_results
 
-from tests.launches import Launch, command_of, completed, launched
+from tests.launches import Launch, command_of, launched
 from tests.studies_for_tests import ROOT, Ran
 
 
@@ -53,6 +53,9 @@ STAGES = [  # in the order of a study's life
     Point("writing the report, through Ray", "ablation/report/*", "ray"),
     Point("writing the report", "ablation/report/.*"),
 ]
+
+
+LENGTH_S = 25.0  # about what a whole study takes
 
 
 def at_random(seed: int, length: float) -> list[Point]:
@@ -137,9 +140,7 @@ def kill(processes: list[psutil.Process]) -> None:
 def test_a_study_killed_at_any_moment_ends_with_the_bits_of_an_undisturbed_one(
     undisturbed: Ran, tmp_path: Path
 ) -> None:
-    started = time.monotonic()
-    assert completed(tmp_path / "measured").process.returncode == 0
-    points = [*STAGES, *at_random(seed=3, length=time.monotonic() - started)]
+    points = [*STAGES, *at_random(seed=3, length=LENGTH_S)]
     waiting, number = points, 0
     while waiting:
         story, number = Story(tmp_path / f"storage {number}"), number + 1
@@ -184,7 +185,6 @@ def test_ctrl_c_while_data_is_prepared_stops_at_once_and_says_how_to_go_on(tmp_p
 @pytest.mark.parametrize(
     ("executor", "number", "group"),
     [
-        ("local", signal.SIGINT, False),
         ("ray", signal.SIGINT, True),
         ("ray", signal.SIGTERM, False),
     ],
@@ -215,7 +215,7 @@ def test_a_signal_while_ray_starts_stops_as_well(tmp_path: Path) -> None:
 def test_the_command_that_a_stopped_study_names_brings_it_to_the_same_end(undisturbed: Ran, tmp_path: Path) -> None:
     with launched(tmp_path / "storage") as launch:
         assert launch.until(lambda: any((tmp_path / "storage").glob("results/*/*/result.json")), 600)
-        stopped_by(launch, signal.SIGINT, group=False)
+        assert stopped_by(launch, signal.SIGINT, group=False) < 10
     named = shlex.split(launch.output.strip().splitlines()[-1])
     assert named[:2] == ["python", "study/launch.py"]
     again = subprocess.run([sys.executable, *named[1:]], cwd=ROOT, capture_output=True, timeout=600, check=False)

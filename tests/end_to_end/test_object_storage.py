@@ -20,9 +20,9 @@ from study.interrupts import StudyHaltedError
 from tests.launches import completed, launched
 from tests.object_stores import SECRET, Store, address_of, object_store
 from tests.ray_nodes import RayNodes, ray_nodes
-from tests.studies_for_tests import ROOT, Ran, run_smoke, run_study
+from tests.studies_for_tests import ROOT, Ran, run_study
 
-pytestmark = pytest.mark.extended
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -50,33 +50,27 @@ def once(holds: Callable[[], object]) -> Callable[[], bool]:
 # -------------------------------------------------------------------------------------------------- the same bits
 
 
-@pytest.mark.slow
-def test_the_smoke_run_is_the_same_in_a_folder_in_an_object_store_and_in_it_through_ray(
-    server: Store, tmp_path: Path
+def test_the_ablation_through_ray_is_the_same_in_an_object_store_and_every_command_reads_it(
+    undisturbed: Ran, server: Store, tmp_path: Path
 ) -> None:
-    reference = run_smoke(tmp_path / "folder", "ablation", executor="local", sharing=True).cells()
-    for executor in ("local", "ray"):
-        storage = f"{server.uri}/{executor}"
-        done = completed(storage, "--smoke", executor=executor, overrides={})
-        assert done.process.returncode == 0, done.output
-        report = server.objects(f"{executor}/ablation/report")
-        cells = pd.read_csv(_file(tmp_path, report[f"{executor}/ablation/report/cells.csv"]))
-        cells = cells.set_index(["row", "seed"]).sort_index()
-        metrics = [c for c in reference.columns if c == "macro_auc" or c.startswith("auc/")]
-        pd.testing.assert_frame_equal(cells[HASHES + metrics], reference[HASHES + metrics], check_exact=True)
-        names = server.objects(executor)
-        assert not any(part in name for name in names for part in ("/images/", "/activations/", "/phantoms/", "mlflow"))
-        assert not any(name.startswith(f"{executor}/partial") for name in names)
-        assert "the ledger is on this machine" in done.output and SECRET not in done.output
-        if executor == "local":
-            _commands_read_it(server, storage)
+    done = completed(server.uri, executor="ray")
+    assert done.process.returncode == 0, done.output
+    same_results(address_of(server).folder, undisturbed, ledger_of(server))
+    (tmp_path / "cells.csv").write_bytes(server.objects("ablation/report")["ablation/report/cells.csv"])
+    cells = pd.read_csv(tmp_path / "cells.csv").set_index(["row", "seed"]).sort_index()
+    pd.testing.assert_frame_equal(cells[HASHES], undisturbed.cells()[HASHES], check_exact=True)
+    kinds = {name.partition("/")[0] for name in server.objects()}
+    assert not kinds & {"images", "activations", "phantoms", "partial", "mlflow.db", "mlartifacts"}, kinds
+    assert "the ledger is on this machine" in done.output and SECRET not in done.output
+    _commands_read_it(server)
 
 
-def _commands_read_it(server: Store, storage: str) -> None:
-    plan = _launched("ablation", "--smoke", "--plan", "--json", "--storage", storage)
-    assert json.loads(plan.stdout)["pending_units"] == 0
+def _commands_read_it(server: Store) -> None:
+    storage = server.uri
+    plan = completed(storage, "--plan", "--json")
+    assert json.loads(plan.output)["pending_units"] == 0
     assert _launched("status", "ablation", "--storage", storage).returncode == 0
-    name = "local/ablation/report/table.csv"
+    name = "ablation/report/table.csv"
     server.write(name, server.objects(name)[name].replace(b"0.", b"1."))
     assert _launched("verify", "ablation", "--storage", storage).returncode == 1, "what the store holds is compared"
     assert _launched("report", "ablation", "--storage", storage).returncode == 0
@@ -88,16 +82,9 @@ def _launched(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def _file(folder: Path, data: bytes) -> Path:
-    path = folder / "fetched.csv"
-    path.write_bytes(data)
-    return path
-
-
 # ------------------------------------------------------------------------------------------------------------ faults
 
 
-@pytest.mark.slow
 def test_a_study_goes_on_through_refused_writes_a_stopped_store_a_killed_driver_and_a_damaged_state(
     undisturbed: Ran, server: Store
 ) -> None:
@@ -129,7 +116,6 @@ def test_a_study_goes_on_through_refused_writes_a_stopped_store_a_killed_driver_
     every_run_once(ledger_of(server), undisturbed.plan)
 
 
-@pytest.mark.slow
 def test_a_store_that_stays_away_stops_the_study_with_one_message_and_it_goes_on_later(
     undisturbed: Ran, server: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +157,6 @@ def apart(server: Store, tmp_path: Path) -> Iterator[RayNodes]:
         yield nodes
 
 
-@pytest.mark.slow
 def test_nodes_without_a_shared_folder_train_to_the_bits_of_one_machine_and_one_without_the_store_is_named(
     undisturbed: Ran, server: Store, apart: RayNodes, tmp_path: Path
 ) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from tests.launches import launched
 from tests.made_datasets import make_chexpert
+from trainables.data.registry import load_index, prepare
+from trainables.settings import DatasetSettings
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended]
+pytestmark = pytest.mark.slow
 
 SMALL = {
     "model.backbone": "tiny-phantom",
@@ -60,10 +62,9 @@ def test_chexpert_is_reported_per_class_with_its_undefined_class_named_and_the_l
 def test_a_study_trained_on_chexpert_is_tested_on_chestxray14_over_the_labels_of_both(
     stanford: Path, tmp_path: Path
 ) -> None:
-    """ChestX-ray14's layout is that of the phantoms, which a first launch draws."""
-    with launched(tmp_path / "drawn", study="runs", overrides={**SMALL, "dataset.images": 600}) as launch:
-        assert launch.wait() == 0, launch.output
-    (nih,) = [path.parent for path in (tmp_path / "drawn" / "phantoms").glob("*/Data_Entry_2017_v2020.csv")]
+    """ChestX-ray14's layout is that of the phantoms."""
+    phantoms = DatasetSettings(name="phantom", images=600)
+    nih = prepare(phantoms, load_index(phantoms), tmp_path / "drawn")
     roots = ("--data-root", f"chexpert={stanford}", "--data-root", f"chestxray14={nih}")
     with launched(tmp_path / "runs", "--dataset", "chexpert", *roots, study="cross_dataset", overrides=SMALL) as launch:
         assert launch.wait() == 0, launch.output
@@ -72,5 +73,4 @@ def test_a_study_trained_on_chexpert_is_tested_on_chestxray14_over_the_labels_of
     away = cells.loc["chexpert→chestxray14"]
     assert away["status"].eq("FINISHED").all()
     assert away["macro_auc"].between(0, 1).all()
-    assert away.filter(like="auc/").dropna(axis=1).shape[1] <= SHARED
     assert cells.filter(like="auc/").shape[1] == SHARED

@@ -31,7 +31,7 @@ from tests.launches import Launch, completed, launched
 from tests.mlflow_servers import ServerWithUsers, basic
 from tests.studies_for_tests import ROOT, TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LONG = {**TINY, "strategy.tune_epochs": 400}  # trains until it is stopped
 LISTING = """
@@ -236,8 +236,6 @@ def test_nothing_listens_beyond_loopback(seen: Seen) -> None:
 
 def test_the_ui_listens_on_loopback(seen: Seen, tmp_path: Path) -> None:
     port = seen.server.port + 1 if seen.server.port < 65_000 else seen.server.port - 1
-    completed(tmp_path, "--plan")  # imports are warm
-    (tmp_path / "empty").mkdir()
     shutil.copy(seen.server.folder / Path(seen.server.database).name, tmp_path / "mlflow.db")
     line = [sys.executable, str(ROOT / "study" / "launch.py"), "ui", "--storage", str(tmp_path), "--port", str(port)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

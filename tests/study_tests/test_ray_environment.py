@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,12 @@ def test_a_token_that_is_given_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"), [(None, "RAY_AUTH_MODE is not set"), ("tokens", "RAY_AUTH_MODE is 'tokens'")]
+    ("mode", "said"),
+    [
+        (None, "RAY_AUTH_MODE is not set"),
+        ("tokens", "RAY_AUTH_MODE is 'tokens'"),
+        ("token", "RAY_AUTH_MODE is token, and no token is named"),
+    ],
 )
 def test_a_cluster_of_others_is_not_met_without_saying_how(tmp_path: Path, mode: str | None, said: str) -> None:
     if mode is not None:
@@ -68,12 +74,20 @@ def test_a_cluster_of_others_is_not_met_without_saying_how(tmp_path: Path, mode:
         prepare_environment(tmp_path, local=False)
 
 
-@pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_a_mode_that_is_said_is_taken(tmp_path: Path, mode: str) -> None:
-    os.environ[MODE] = mode
+def test_a_cluster_without_a_token_is_one_only_where_that_is_said(tmp_path: Path) -> None:
+    os.environ[MODE] = "disabled"
     prepare_environment(tmp_path, local=False)
-    assert os.environ[MODE] == mode
+    assert os.environ[MODE] == "disabled"
     assert PATH not in os.environ
+
+
+@pytest.mark.parametrize(("contents", "said"), [(None, r"holds none \(No such file"), ("\n", "it is empty")])
+def test_a_file_without_a_token_is_named(tmp_path: Path, contents: str | None, said: str) -> None:
+    path = tmp_path / "token"
+    if contents is not None:
+        path.write_text(contents)
+    os.environ[MODE], os.environ[PATH] = "token", str(path)
+    assert re.search(f"{re.escape(str(path))} .*{said}", token_fault() or "")
 
 
 def test_the_hubs_settings_are_sent_along_and_its_token_is_not() -> None:

@@ -184,6 +184,8 @@ def test_an_autoscaler_is_asked_for_as_much_as_is_declared() -> None:
     assert room.slots({"CPU": 1.0, "GPU": 1.0}) == 6
     assert room.slots({"CPU": 1.0, "GPU": 0.5}) == 12
     assert room_of([machine(cpus=20)], autoscale_to=6).slots({"CPU": 1.0}) == 20
+    undeclared = room_of([machine(cpus=2, gpus=1)])
+    assert undeclared.slots({"CPU": 1.0, "GPU": 0.25}) == 2, "two CPUs hold two"
 
 
 def test_what_waits_for_a_node_goes_before_what_is_new(tmp_path: Path) -> None:

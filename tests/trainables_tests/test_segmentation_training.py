@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,21 +91,27 @@ class Memorising(Segmentation):
 def test_a_segmenter_overfits_eight_phantoms(drawn: Data) -> None:
     """All of the tiny SAM 2, image encoder included, through the one loop: Dice without any hint of at least 0.9.
 
-    Seeds 0 to 4 end at 0.93, 0.95, 0.94, 0.94, 0.89; with α = 0.25 some stay at empty masks for as long.
+    With α = 0.25 some seeds stay at empty masks for long.
     """
     settings = segmentation_settings(
         segmentation={"focal_alpha": 0.5},
-        strategy={"head_epochs": 1, "tune_epochs": 19, "depth": "all", "unfreezing": "static"},
+        strategy={"head_epochs": 1, "tune_epochs": 39, "depth": "all", "unfreezing": "static"},
     )
     opened = segmentation_task(settings, drawn)
     task = Memorising(settings, drawn.index, drawn.images, opened._masks, opened._files, opened.costs)
     t = trajectory(task, settings, seed=1)
-    records = [t.train_epoch() for _ in range(20)]
-    last = records[-1].metrics
-    assert last["val/raw/mean_dice"] >= 0.9
-    assert min(last[f"val/raw/dice/{name}"] for name in task.classes) >= 0.85
+    records = [t.train_epoch()]
+    while not learnt(records[-1].metrics, task.classes) and len(records) < 40:
+        records.append(t.train_epoch())
+    assert learnt(records[-1].metrics, task.classes), records[-1].metrics
     assert records[0].metrics["val/raw/mean_dice"] < 0.6
-    assert last["train/loss"] < 0.25 * records[0].metrics["train/loss"]
+    assert records[-1].metrics["train/loss"] < 0.25 * records[0].metrics["train/loss"]
+
+
+def learnt(metrics: Mapping[str, float], classes: Sequence[str]) -> bool:
+    """Whether Dice is at least 0.9, and no structure far below."""
+    dice = [metrics[f"val/raw/dice/{name}"] for name in classes]
+    return metrics["val/raw/mean_dice"] >= 0.9 and min(dice) >= 0.85
 
 
 SMALL = {
@@ -114,11 +121,13 @@ SMALL = {
     "strategy.head_epochs": 1,
     "strategy.tune_epochs": 2,
     "strategy.step": 2,
+    "dataset.flips": "horizontal",
 }
 
 
 @pytest.mark.slow
 def test_every_cell_of_the_ablation_is_that_of_a_run_without_sharing(tmp_path: Path) -> None:
+    """With flipped views, of masks and memory frames too."""
     shared = run_study(tmp_path / "shared", SMALL, study="segmentation_ablation")
     alone = run_study(tmp_path / "alone", SMALL, study="segmentation_ablation", sharing=False)
     assert shared.complete

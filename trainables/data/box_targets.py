@@ -83,7 +83,7 @@ def load_box_targets(settings: Settings, index: Index, root: Path) -> BoxTargets
     """
     given = settings.detection.boxes
     if given is None:
-        dataset = settings.dataset.model_copy(update={"root": str(root)})
+        dataset = settings.dataset.model_copy(update={"root": str(root), "flips": "none", "cache_gb": None})
         return _targets_of(dataset.model_dump_json(), None, index, ())
     path = root / Path(given).expanduser()  # an absolute path stands alone
     if not path.is_file():

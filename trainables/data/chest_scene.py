@@ -13,24 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trainables.data.chestxray14 import CLASSES as FINDINGS
 from trainables.data.scenes import SIZE, Map, Radiograph, bump, disc, grid, ridges, smooth_noise, step, to_bytes
 
-FINDINGS = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Fibrosis",
-    "Pleural_Thickening",
-    "Hernia",
-)
 STRUCTURES = ("left_lung", "right_lung", "heart")
 
 # Findings that are a place in the image, as in BBox_List_2017.csv; the others are diffuse.

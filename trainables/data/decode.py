@@ -37,7 +37,7 @@ def decode(path: Path, image_size: int, fit: Fit, channels: int, claims: Claims 
     """Decode, reduce to 8 bits, resize with antialiasing.
 
     Args:
-        path: PNG, JPEG, DICOM or anything else Pillow reads.
+        path: of one of `FORMATS`, or DICOM.
         image_size: S, px.
         fit: 'crop': the centre square of the image, scaled to S; 'squash': the whole image, both sides scaled to S;
             'letterbox': the whole image, its longer side scaled to S, on grey.

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from trainables.data.index import DataError, Index
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", *DICOM_SUFFIXES)
+_PLAIN = (".png", ".jpg", ".jpeg", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+IMAGE_SUFFIXES = (*_PLAIN, *DICOM_SUFFIXES)
 
 
 def locate_files(index: Index, root: Path, folders: Sequence[Path]) -> list[Path]:

@@ -155,7 +155,7 @@ class ImageStore:
             OSError: it has become so meanwhile.
         """
         self._evict()
-        if self.most_bytes is not None and self._room() < self._bytes():
+        if self.most_bytes is not None and self.most_bytes - _taken(self.folder) < self._bytes():
             raise DataError(
                 f"dataset.cache_gb: decoded images need {self._bytes() / 1e9:.2f} GB; of {self.most_bytes / 1e9:.2f} "
                 f"that are allowed, caches in use today take {_taken(self.folder) / 1e9:.2f}; allow more, delete some "

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from trainables.data.decode import size_of
 from trainables.data.index import DataError, Index
-from trainables.data.masks import CHEXMASK_STRUCTURES, Mask, aspect_fault, by_stem, read_chexmask, read_mask, stem_of
+from trainables.data.masks import (
+    CHEXMASK_STRUCTURES,
+    Mask,
+    aspect_fault,
+    by_stem,
+    read_chexmask,
+    read_mask,
+    rows_by_stem,
+    stem_of,
+)
 from trainables.data.registry import locate
 
 FOLDER = "masks"
@@ -61,8 +70,8 @@ class MaskFolders:
                 f"{'; there are ' + ', '.join(present) if present else ''}; choose with segmentation.structures, or "
                 "name a table of run-length codes with segmentation.masks"
             )
-        files = by_stem(folder)
-        found = [files.get(stem_of(name)) for name in self.index.names.tolist()]
+        files, rows = by_stem(folder), rows_by_stem(self.index)
+        found = [files.get(stem) for stem in rows]
         missing = [name for name, file in zip(self.index.names.tolist(), found, strict=True) if file is None]
         if missing:
             raise DataError(
@@ -121,7 +130,7 @@ class MaskTable:
         Raises:
             DataError: a broken row (with its line), a mask that does not go with its image, or no image of the index.
         """
-        wanted = {stem_of(name): row for row, name in enumerate(self.index.names.tolist())}
+        wanted = rows_by_stem(self.index)
         images = locate(self.index, self.root)
         planes = [CHEXMASK_STRUCTURES.index(self._column(name)) for name in self.structures]
         masks = read_chexmask(self.path, self.min_quality)

@@ -7,15 +7,18 @@ A data set's masks are found when a task asks for them (`registry.read_masks`), 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 
 from trainables.data.files import IMAGE_SUFFIXES
-from trainables.data.index import DataError
+from trainables.data.index import DataError, Index
 
 Mask = npt.NDArray[np.bool_]
 
@@ -56,12 +59,12 @@ def read_mask(path: Path) -> Mask:
     """
     from PIL import Image  # a plan reads tables, and needs no images
 
-    from trainables.data.decode import FORMATS, UNREADABLE
+    from trainables.data.decode import FORMATS
 
     try:
         with Image.open(path, formats=FORMATS) as image:
             grey = np.asarray(image.convert("L"))
-    except UNREADABLE as error:
+    except Exception as error:  # what damage makes of a header may raise anything
         raise DataError(
             f"{path}: the mask cannot be read ({type(error).__name__}: {error}); replace the file"
         ) from error
@@ -73,6 +76,24 @@ def stem_of(name: str) -> str:
     """File name without folders and extension, by which an image and its masks find each other."""
     path = PurePosixPath(name)
     return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+
+
+def rows_by_stem(index: Index) -> dict[str, int]:
+    """Name of an image without folders and extension → its row, in the index's order.
+
+    Raises:
+        DataError: two images have the same one, so that it cannot be told whose a mask is.
+    """
+    names = index.names.tolist()
+    rows = {stem_of(name): row for row, name in enumerate(names)}
+    if len(rows) < len(names):
+        stem, count = Counter(map(stem_of, names)).most_common(1)[0]
+        first = next(name for name in names if stem_of(name) == stem)
+        raise DataError(
+            f"{index.dataset}: {count} images are called {stem}, such as {first}: masks find their images by names "
+            "without folders and extensions; rename the images and their masks, so that each name is there once"
+        )
+    return rows
 
 
 def by_stem(folder: Path) -> dict[str, Path]:
@@ -128,13 +149,11 @@ def read_chexmask(path: Path, quality: float = CHEXMASK_QUALITY) -> Masks:
     Raises:
         DataError: the file cannot be read, lacks a column, or has a row that cannot be used (with its line).
     """
-    previous = csv.field_size_limit(_LARGEST_FIELD)
     try:
-        places, left_out, columns = _survey(path, quality)
+        with _long_fields():
+            places, left_out, columns = _survey(path, quality)
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV in UTF-8: {error}") from error
-    finally:
-        csv.field_size_limit(previous)
     return Masks(CHEXMASK_STRUCTURES, tuple(places), _ChexmaskReader(path, places, columns).read, left_out)
 
 
@@ -197,13 +216,25 @@ class _ChexmaskReader:
         with self.path.open("rb") as file:
             file.seek(offset)
             raw = file.readline().decode()
-        previous = csv.field_size_limit(_LARGEST_FIELD)
         try:
-            fields = next(csv.reader([raw]))
+            with _long_fields():
+                fields = next(csv.reader([raw]))
             height, width = (int(float(fields[self.columns[side]])) for side in ("Height", "Width"))
             masks = [run_lengths(fields[self.columns[s]], height, width) for s in CHEXMASK_STRUCTURES]
         except (IndexError, ValueError, OverflowError, csv.Error) as error:
             raise DataError(f"{self.path}, line {line}: masks of image {name}: {error}") from error
+        return np.stack(masks)
+
+
+_LIMIT = Lock()
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let csv read codes that are longer than it would by itself; it has one limit for all threads of a process."""
+    with _LIMIT:
+        previous = csv.field_size_limit(_LARGEST_FIELD)
+        try:
+            yield
         finally:
             csv.field_size_limit(previous)
-        return np.stack(masks)

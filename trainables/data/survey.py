@@ -16,7 +16,7 @@ from trainables.data.boxes import Boxes, box_fault
 from trainables.data.decode import UNREADABLE, decode_whole, holds_dicom
 from trainables.data.dicom import WrongImageError, claimed
 from trainables.data.index import DataError, Index, Refused
-from trainables.data.masks import Masks, aspect_fault, stem_of
+from trainables.data.masks import Masks, aspect_fault, rows_by_stem, stem_of
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def survey_masks(index: Index, masks: Masks, sizes: npt.NDArray[np.int64], worke
         sizes: (N, 2) as in `Survey`.
         workers: threads that decode.
     """
-    rows = {stem_of(name): row for row, name in enumerate(index.names.tolist())}
+    rows = rows_by_stem(index)
 
     def look(name: str) -> Refused | None:
         width, height = sizes[rows[stem_of(name)]].tolist()
