@@ -16,7 +16,6 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from study import search_cli
 from study.documents import StudyError, apply
 from study.interrupts import StudyHaltedError
 from study.options import (
@@ -34,9 +33,10 @@ from study.options import (
     storage_address,
     tracking_address,
 )
-from study.places import Address, AwayError
 from study.running import FAILED, UI_PORT, Launch, print_plan, report_at, run_study
-from study.sharing import reach
+from study.searches import commands as search_cli
+from study.storage.places import Address, AwayError
+from study.storage.sharing import reach
 
 if TYPE_CHECKING:
     from analysis.schema import StudyHeader
@@ -138,7 +138,7 @@ def run(
     declared = load_study(find_study(study), choices)
     launch = Launch(place, tracking_uri, address, executor, not no_sharing, timeout, as_json, verbose)
     if declared.search is not None:
-        from study.searching import SearchLaunch, print_search_plan, run_search
+        from study.searches.running import SearchLaunch, print_search_plan, run_search
 
         if plan:
             print_search_plan(declared, SearchLaunch(launch))
@@ -257,7 +257,7 @@ def report(
     from analysis.records import load
     from analysis.report import terminal_table, write_report
     from study.pictures import kept_images
-    from study.sharing import bring, share_study
+    from study.storage.sharing import bring, share_study
 
     records = load(at.address, at.study)
     _refuse_search(records.header)
@@ -287,7 +287,7 @@ def verify(
     at = _ledger_of(study, storage, tracking_uri, smoke)
     from analysis.records import load
     from analysis.report import verify as drifts_of
-    from study.sharing import written_report
+    from study.storage.sharing import written_report
 
     records = load(at.address, at.study)
     _refuse_search(records.header)

@@ -18,7 +18,6 @@ from rich.console import Console
 from analysis.schema import StudyHeader, Units
 from analysis.tracking import LedgerError
 from study.chains import Chain, the_task
-from study.claim import claimed, lock_file
 from study.declare import (
     cell_headers,
     counted_units,
@@ -35,11 +34,12 @@ from study.interrupts import Halt, StudyHaltedError, answered_signals
 from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
-from study.places import Address, AwayError
 from study.plan import Cache, Plan
 from study.preparing import prepare_away, prepare_data, require_disk
 from study.progress import Progress
 from study.schedule import Node, Schedule, pending_schedule
+from study.storage.claim import claimed, lock_file
+from study.storage.places import Address, AwayError
 from study.store import GO_ON, Store
 from trainables.cache_files import cache_name, release
 from trainables.results import CellResult, EpochRecord
@@ -100,8 +100,8 @@ def _claimed_everywhere(store: Store, study: str, command: str, halt: Halt) -> I
     """Hold a study on this machine, and in an object store against all machines."""
     with claimed(store.locks, study, command), ExitStack() as everywhere:
         if store.address.uri is not None:
-            from study.lease import leased
-            from study.object_store import ObjectStore
+            from study.storage.lease import leased
+            from study.storage.object_store import ObjectStore
 
             assert isinstance(store.place, ObjectStore)
             everywhere.enter_context(leased(store.place, lock_file(store.locks, study), study, command, halt))
@@ -364,7 +364,7 @@ def _executor(
         return LocalExecutor(plan.study.execution.max_failures, options.timeout)
     if options.address is None:
         _check_scratch()
-    from study.ray_environment import prepare_environment
+    from study.cluster.ray_environment import prepare_environment
 
     prepare_environment(store.root, local=options.address is None)
     from study.ray_executor import RayExecutor

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from study import worker_faults
+from study.cluster import worker_faults
+from study.cluster.watchdog import HungError, time_limit
+from study.cluster.worker_faults import Fault
 from study.schedule import Node, Schedule
-from study.watchdog import HungError, time_limit
-from study.worker_faults import Fault
 
 if TYPE_CHECKING:
-    from study.places import Address
+    from study.storage.places import Address
     from study.store import Store
     from trainables.requests import TrialRequest
     from trainables.results import EpochRecord

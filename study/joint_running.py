@@ -120,7 +120,7 @@ def report_joint(joint: JointStudy, launch: Launch) -> None:
     """Write each study's report again, and that of all of them."""
     from analysis.report import write_report
     from study.pictures import kept_images
-    from study.sharing import bring, share_study
+    from study.storage.sharing import bring, share_study
 
     for records in records_of(joint, launch.ledger):
         name = records.header.study
@@ -140,7 +140,7 @@ def verify_joint_study(joint: JointStudy, launch: Launch) -> int:
     """
     from analysis.joint import verify_joint
     from analysis.report import verify
-    from study.sharing import written_report
+    from study.storage.sharing import written_report
 
     studies = records_of(joint, launch.ledger)
     drifts = []
@@ -161,7 +161,7 @@ def write_joint(joint: JointStudy, launch: Launch, console: Console) -> Path:
     """Write the report of all studies from the ledger, and show their table; its page."""
     from analysis.joint import JointHeader, joint_terminal_table, write_joint_report
     from study.pictures import kept_images
-    from study.sharing import share_study
+    from study.storage.sharing import share_study
 
     studies = records_of(joint, launch.ledger)
     header = JointHeader(joint.name, joint.title, joint.description, _command(studies))

@@ -18,7 +18,7 @@ from analysis.schema import StudyHeader
 from analysis.tracking import LedgerAwayError, LedgerError, environment
 from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
-from study.places import AwayError
+from study.storage.places import AwayError
 
 log = logging.getLogger(__name__)
 

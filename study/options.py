@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from study.documents import StudyError, parse_override
-from study.places import LOCAL, Address
+from study.storage.places import LOCAL, Address
 
 DEFAULT_STORAGE = Path("outputs")
 LONGEST_TIMEOUT = 30 * 86_400.0  # seconds; what is longer waits for ever, which is the default
@@ -299,7 +299,7 @@ def check_cluster(address: str | None, executor: str) -> None:
         raise StudyError(
             [f"--address {address} and --executor local: trials run either there or here; give one of them"]
         )
-    from study.ray_environment import address_fault, mode_fault
+    from study.cluster.ray_environment import address_fault, mode_fault
 
     if fault := address_fault(address) or mode_fault():
         raise StudyError([f"--address {address}: {fault}"])

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from study.chains import digest
 from study.documents import StudyError
-from study.places import LOCAL, NO_ROOM, AwayError
 from study.plan import Plan
+from study.storage.places import LOCAL, NO_ROOM, AwayError
 from study.store import Store
 from trainables.data.images import Told
 from trainables.data.index import DataError

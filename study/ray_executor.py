@@ -26,19 +26,19 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from study import worker_faults
 from study.chains import Chain
+from study.cluster import worker_faults
+from study.cluster.gpu_shares import GpuShares
+from study.cluster.ray_cluster import NODES_SECONDS, Resources, Room, cluster, first_line, require_slots, slots, survey
+from study.cluster.ray_dashboard import Measured, named_tasks
+from study.cluster.watchdog import Silence
+from study.cluster.worker_faults import Fault
 from study.documents import StudyError
 from study.executors import Attempts, Listener, Worker, placed, worker_at
-from study.gpu_shares import GpuShares
-from study.places import Address
-from study.ray_cluster import NODES_SECONDS, Resources, Room, cluster, first_line, require_slots, slots, survey
-from study.ray_dashboard import Measured, named_tasks
 from study.schedule import Node, Schedule
 from study.spec import Execution
+from study.storage.places import Address
 from study.store import Store
-from study.watchdog import Silence
-from study.worker_faults import Fault
 from trainables.requests import Compute
 from trainables.results import CellResult, EpochRecord, MemoryRefusedError, TrainingError
 

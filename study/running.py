@@ -17,7 +17,7 @@ from analysis.credentials import without_credentials
 from study.documents import StudyError
 from study.interrupts import ClusterLostError, Interrupted, StudyHaltedError, answered_signals
 from study.options import tracking_address
-from study.places import Address, AwayError
+from study.storage.places import Address, AwayError
 
 if TYPE_CHECKING:
     from study.chains import Chain
@@ -196,7 +196,7 @@ def _conclude(plan: Plan, launch: Launch, console: Console) -> None:
     from analysis.records import load
     from analysis.report import terminal_table, write_report
     from study.pictures import images_of
-    from study.sharing import share_study
+    from study.storage.sharing import share_study
 
     name = plan.study.name
     records = load(launch.ledger, name)

@@ -20,7 +20,7 @@ from study.spec import Study
 from trainables.requests import CacheRequest, TrialRequest, Watch
 
 if TYPE_CHECKING:
-    from study.places import Address
+    from study.storage.places import Address
 
 Status = Literal["waiting", "running", "done", "skipped", "failed"]
 

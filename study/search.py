@@ -23,8 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 from analysis.credentials import without_credentials
 from search_spaces.space import Assignment, Dimension, Space
 from study.documents import StudyError
-from study.search_settings import DIRECTIONS, SearchSettings
-from study.search_storage import Place, begun_study, check_declaration, kept_study
+from study.searches.settings import DIRECTIONS, SearchSettings
+from study.searches.trial_storage import Place, begun_study, check_declaration, kept_study
 
 POPULATION = 16  # of genetic samplers: Optuna's own, 50, is more than most searches here have trials
 TRAJECTORY, OBSERVED, UNITS, ERROR = "trajectory", "observed", "units", "error"

@@ -18,7 +18,7 @@ from study.documents import Document, KeysError, StudyError, StudyFile, apply, r
 from study.layers import Choices, check_options, check_spare_layers, complete, dataset_names
 from study.problems import Places, Problems, near, text_keys
 from study.rows import LeaveOneOut, Name, RowDocument, RowDraft, RowsDocument, expand
-from study.search_settings import SearchSettings, check_search
+from study.searches.settings import SearchSettings, check_search
 from trainables.baseline_files import own_size
 from trainables.model_files import BackboneError
 from trainables.settings import Frozen, Settings, TestOnSettings

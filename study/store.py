@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from study.documents import StudyError
-from study.durable import make_folder
-from study.places import LEAST_ROOM, LOCAL, Address, AwayError, LocalFolder, place_of
-from study.seals import sealed, unsealed
-from study.sharing import bring, cache_units, note_caches, share
+from study.storage.durable import make_folder
+from study.storage.places import LEAST_ROOM, LOCAL, Address, AwayError, LocalFolder, place_of
+from study.storage.seals import sealed, unsealed
+from study.storage.sharing import bring, cache_units, note_caches, share
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from werkzeug.serving import BaseWSGIServer, make_server
 from werkzeug.wrappers import Response
 
 from analysis.tracking import environment
-from study.places import LOCAL, Address
+from study.storage.places import LOCAL, Address
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 KEY, SECRET = "AKIDofthetests", "nobodymayreadthis"

@@ -15,9 +15,9 @@ from analysis.report import write_report
 from analysis.schema import StudyHeader
 from study.documents import apply
 from study.driver import RunOptions, run_plan
-from study.places import Address
 from study.plan import Plan, make_plan
 from study.spec import Choices, find_study, load_study
+from study.storage.places import Address
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -299,7 +299,7 @@ class Trial:
         return result, _npz(task.describe(predictions, rows)), weights
 
     def _memory_on_record(self) -> dict[str, str]:
-        """For the next launch, which gives trials like it the part of a GPU that fits (see `study.gpu_shares`).
+        """For the next launch, which gives trials like it the part of a GPU that fits (see `study.cluster.gpu_shares`).
 
         Nothing where this process has trained no epoch of it: set-up and evaluation alone take less.
         """

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from study import ray_environment
 from study.cli import main
+from study.cluster import ray_environment
 
 SAMPLE_SECONDS = 0.5
 

@@ -26,11 +26,16 @@ MAY_IMPORT = {  # package → what of this project it may import
 }
 OURS = (*MAY_IMPORT, "tests")
 ONLY_IN = {  # library → the files that may import it
-    "ray": ("study/ray_executor.py", "study/ray_cluster.py", "study/ray_head.py", "study/ray_dashboard.py"),
+    "ray": (
+        "study/ray_executor.py",
+        "study/cluster/ray_cluster.py",
+        "study/cluster/ray_head.py",
+        "study/cluster/ray_dashboard.py",
+    ),
     # asking and telling; where it is kept; drawing, which takes matplotlib
-    "optuna": ("study/search.py", "study/search_storage.py", "study/search_figures.py"),
+    "optuna": ("study/search.py", "study/searches/trial_storage.py", "study/searches/figures.py"),
     "mlflow": ("study/ledger.py", "analysis/records.py"),
-    "fsspec": ("study/object_store.py",),
+    "fsspec": ("study/storage/object_store.py",),
 }
 # `--plan`, `--help` and validation answer in about a second: importing the first must not import the second.
 LIGHT = ("study.spec", "study.plan", "study.cli")

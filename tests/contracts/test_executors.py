@@ -16,13 +16,13 @@ import psutil
 import pytest
 from rich.console import Console
 
+from study.cluster.ray_environment import prepare_environment
 from study.documents import StudyError
 from study.driver import RunOptions, Session, run_plan
 from study.executors import LocalExecutor
 from study.ledger import Ledger
 from study.plan import Plan
 from study.preparing import prepare_data
-from study.ray_environment import prepare_environment
 from study.schedule import Node, Schedule
 from study.store import Store
 from tests.studies_for_tests import TINY, planned

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from study import object_store as module
 from study.documents import StudyError
-from study.object_store import MANIFEST, ObjectStore
-from study.places import Address, AwayError
-from study.seals import sealed, unsealed
-from study.sharing import bring, reach, share
+from study.storage import object_store as module
+from study.storage.object_store import MANIFEST, ObjectStore
+from study.storage.places import Address, AwayError
+from study.storage.seals import sealed, unsealed
+from study.storage.sharing import bring, reach, share
 from study.store import PREDICTIONS, RESULT, STATE, TENSORS, WEIGHTS, Store, kept_in, result_name, state_name
 from tests.object_stores import KEY as KEY_ID
 from tests.object_stores import SECRET, address_of, object_store
@@ -324,7 +324,7 @@ def test_who_reads_while_a_state_is_written_again_finds_one_of_them_whole(
 KILLED = """
 import sys
 from tests.store_samples import KEY, checkpoint
-from study.places import Address
+from study.storage.places import Address
 from study.store import Store
 store = Store(Address.at(sys.argv[1]))
 print("begun", flush=True)

@@ -129,7 +129,7 @@ def test_a_head_node_that_dies_and_is_started_again_is_said_in_time_and_the_same
 WAITS = """
 import sys, ray
 from study.interrupts import answered_signals
-from study.ray_cluster import cluster
+from study.cluster.ray_cluster import cluster
 from study.spec import Choices, find_study, load_study
 
 study = load_study(find_study("ablation"), Choices())

@@ -15,8 +15,8 @@ import pytest
 from fault_checks import HASHES, every_run_once, same_results
 
 from analysis.records import load
-from study import object_store as module
 from study.interrupts import StudyHaltedError
+from study.storage import object_store as module
 from tests.launches import completed, launched
 from tests.object_stores import SECRET, Store, address_of, object_store
 from tests.ray_nodes import RayNodes, ray_nodes

@@ -22,18 +22,18 @@ import pytest
 from rich.console import Console
 
 from analysis import schema
-from study import search_session
 from study.chains import Chain
 from study.documents import StudyError
 from study.driver import RunOptions, run_plan
-from study.places import Address
 from study.plan import make_plan
 from study.running import Launch as Options
 from study.search import TrialFacts, Trials
-from study.search_rows import Search, chains_of
-from study.search_storage import default_place
-from study.searching import SearchLaunch, ablate_best, run_search
+from study.searches import session as search_session
+from study.searches.rows import Search, chains_of
+from study.searches.running import SearchLaunch, ablate_best, run_search
+from study.searches.trial_storage import default_place
 from study.spec import Choices, Study, find_study, load_study
+from study.storage.places import Address
 from study.store import Store
 from tests.launches import launched
 from tests.postgres_servers import PASSWORD, postgres, why_not

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from study.claim import claimed
 from study.documents import StudyError
+from study.storage.claim import claimed
 from tests.studies_for_tests import ROOT
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from study.claim import claimed
+from study.storage.claim import claimed
 with claimed(Path(sys.argv[1]), "ablation", "python study/launch.py ablation"):
     print("held", flush=True)
     time.sleep(600)

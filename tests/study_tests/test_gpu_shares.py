@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_studies import chain, document, planned
 
-from study.gpu_shares import HEAD_ROOM, MOST_ON_A_CARD, GpuShares, Taken, part_of_a_card
+from study.cluster.gpu_shares import HEAD_ROOM, MOST_ON_A_CARD, GpuShares, Taken, part_of_a_card
 from study.plan import Plan
 from study.schedule import Node, Schedule
 from trainables.device_memory import CARD_KEPT, CONTEXT_BYTES, GPU_MEMORY, allowed_fraction

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from study import lease
 from study.documents import StudyError
 from study.interrupts import StudyHaltedError
-from study.lease import leased
-from study.object_store import ObjectStore
+from study.storage import lease
+from study.storage.lease import leased
+from study.storage.object_store import ObjectStore
 from tests.object_stores import Store, object_store
 from tests.studies_for_tests import ROOT
 
@@ -27,8 +27,8 @@ COMMAND = "python study/launch.py ablation"
 HOLDER = """
 import sys, time
 from pathlib import Path
-from study import lease
-from study.object_store import ObjectStore
+from study.storage import lease
+from study.storage.object_store import ObjectStore
 lease.BEAT_S = float(sys.argv[4])
 with lease.leased(ObjectStore(sys.argv[1], Path(sys.argv[2])), Path(sys.argv[3]), "ablation", sys.argv[5], print):
     print("held", flush=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from study.chains import sources_digest
-from study.node_survey import Wanted, differences, look, wanted
-from study.ray_environment import address_fault
+from study.cluster.node_survey import Wanted, differences, look, wanted
+from study.cluster.ray_environment import address_fault
 from tests.object_stores import address_of, object_store
 from trainables.backbone_files import SHIPPED
 

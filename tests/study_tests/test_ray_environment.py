@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from study.cluster.ray_environment import prepare_environment, sent_along, token_fault
 from study.documents import StudyError
-from study.ray_environment import prepare_environment, sent_along, token_fault
 
 MODE, PATH, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"
 

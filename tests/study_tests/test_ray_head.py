@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from study.ray_head import AWAY_S, Head
+from study.cluster.ray_head import AWAY_S, Head
 
 PATIENCE = 30.0
 

@@ -16,8 +16,8 @@ from search_spaces.space import Parameter, Space, resolve
 from study.documents import StudyError
 from study.interrupts import StudyHaltedError
 from study.search import TRAJECTORY, TrialFacts, Trials
-from study.search_settings import SearchSettings
-from study.search_storage import JOURNAL, Place, check_place, default_place, storage_watched
+from study.searches.settings import SearchSettings
+from study.searches.trial_storage import JOURNAL, Place, check_place, default_place, storage_watched
 from trainables.settings import Settings
 
 SAMPLERS = ("tpe", "random", pytest.param("gp", marks=pytest.mark.slow), "cmaes", "nsga2")

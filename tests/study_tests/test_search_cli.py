@@ -11,9 +11,9 @@ from small_studies import document, write
 from test_cli import Told, launch
 
 from study.running import this_command
-from study.search_rows import Search
-from study.search_settings import SearchSettings
-from study.search_storage import default_place
+from study.searches.rows import Search
+from study.searches.settings import SearchSettings
+from study.searches.trial_storage import default_place
 from study.spec import Choices, find_study, load_study
 
 SLOW = pytest.mark.slow  # each is a process

@@ -19,7 +19,7 @@ import pytest
 from test_search import DECLARED, SPACE, settings, told
 
 from study.search import Trials
-from study.search_storage import Place, default_place
+from study.searches.trial_storage import Place, default_place
 from tests.postgres_servers import postgres, why_not
 
 DASHBOARD = shutil.which("optuna-dashboard", path=str(Path(sys.executable).parent))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_search import opened, told
 
-from study.search_figures import LEAST_FOR_IMPORTANCE, draw_search
+from study.searches.figures import LEAST_FOR_IMPORTANCE, draw_search
 
 LABEL = "validation Macro AUC"
 

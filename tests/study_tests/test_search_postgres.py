@@ -12,7 +12,7 @@ from test_search import DECLARED, SPACE, run, settings, told, told_apart
 from study.documents import StudyError
 from study.interrupts import StudyHaltedError
 from study.search import Trials
-from study.search_storage import Place, check_place, storage_watched
+from study.searches.trial_storage import Place, check_place, storage_watched
 from tests.postgres_servers import PASSWORD, PostgresServer, postgres, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]

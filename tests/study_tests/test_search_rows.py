@@ -12,7 +12,7 @@ from study.chains import materials_of
 from study.documents import StudyError
 from study.plan import make_plan
 from study.search import TrialFacts
-from study.search_rows import Search, ablation_of, chains_of, confirmation
+from study.searches.rows import Search, ablation_of, chains_of, confirmation
 from study.spec import Choices, find_study, load_study
 
 BASELINE = {"ema": {"enabled": True, "decay": 0.98}, "weighting": {"enabled": True}}

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from small_studies import document, planned
 
+from study.cluster.gpu_shares import GpuShares
+from study.cluster.ray_environment import prepare_environment
 from study.executors import Attempts
-from study.gpu_shares import GpuShares
 from study.plan import Plan
-from study.ray_environment import prepare_environment
 from study.schedule import Node, Schedule
 from study.store import Store
 from trainables.requests import Compute
 
 if TYPE_CHECKING:
-    from study.ray_cluster import Room
+    from study.cluster.ray_cluster import Room
     from study.ray_executor import StageSearcher
 
 GB = 1_000_000_000
@@ -133,7 +133,7 @@ def machine(address: str = "10.0.0.1", cpus: float = 8, gpus: float = 0, alive: 
 
 def room_of(nodes: Sequence[dict[str, Any]], autoscale_to: int | None = None) -> Room:
     """Room on nodes that are listed here."""
-    from study.ray_cluster import Room
+    from study.cluster.ray_cluster import Room
 
     class Listed(Room):
         def look(self) -> None:
@@ -240,7 +240,7 @@ def test_nodes_that_come_are_used_and_those_that_go_are_not(tmp_path: Path) -> N
     assert len(driven.ask_all()) == 2  # looked at again, since the last look was long ago
     first = next(iter(driven.given))
     nodes.pop(0)
-    from study.worker_faults import Fault
+    from study.cluster.worker_faults import Fault
 
     driven.searcher.lost(first, Fault("its node died", again=True))
     assert driven.ask() is None, "the two that are left have their trials"

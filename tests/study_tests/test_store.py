@@ -22,9 +22,9 @@ from small_studies import document, planned
 
 from study.documents import StudyError
 from study.executors import LocalExecutor
-from study.places import Address
 from study.plan import Plan
 from study.schedule import Schedule
+from study.storage.places import Address
 from study.store import PREDICTIONS, RESULT, STATE, TENSORS, WEIGHTS, Store
 from tests.object_stores import address_of, object_store
 from tests.store_samples import KEY, LEAF, OBSERVER, always, checkpoint, result, said

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from study.watchdog import HungError, Silence, time_limit
+from study.cluster.watchdog import HungError, Silence, time_limit
 
 
 class Clock:

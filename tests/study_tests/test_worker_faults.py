@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from study import worker_faults
+from study.cluster import worker_faults
 from study.schedule import Schedule
 from tests.studies_for_tests import TINY, planned
 from trainables.requests import TrialRequest

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from study.documents import StudyError
-from study.durable import make_folder, write_file
-from study.places import LOCAL, Address, AwayError, Place, place_of
+from study.storage.durable import make_folder, write_file
+from study.storage.places import LOCAL, Address, AwayError, Place, place_of
 from trainables.cache_files import record_of
 
 
@@ -90,7 +90,7 @@ def reach(address: Address) -> None:
     """
     if address.uri is None:
         return
-    from study.object_store import ObjectStore
+    from study.storage.object_store import ObjectStore
 
     try:
         bring(address, "splits", ObjectStore(address.uri, address.folder).hurried())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from study.places import Address
+    from study.storage.places import Address
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Seen:
 @contextmanager
 def wanted(storage: Address | Path, data: Iterable[str], encoders: Iterable[str]) -> Iterator[Wanted]:
     """Leave a note in the storage while nodes are asked for it."""
-    from study.places import Address, place_of
+    from study.storage.places import Address, place_of
 
     address, secret = Address.of(storage), secrets.token_hex(16)
     place, note = place_of(address), f"partial/note-{secrets.token_hex(8)}"
@@ -105,7 +105,7 @@ def _store_fault(for_what: Wanted, sources: str | None) -> str | None:
     if sources is None:
         return None
     from study.documents import StudyError
-    from study.places import Address, AwayError
+    from study.storage.places import Address, AwayError
     from study.store import Store
 
     try:

@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from analysis.credentials import without_credentials
-from study.durable import make_folder, write_file
-from study.places import ABANDONED_S, AwayError
-from study.seals import sealed, unsealed
+from study.storage.durable import make_folder, write_file
+from study.storage.places import ABANDONED_S, AwayError
+from study.storage.seals import sealed, unsealed
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -51,7 +51,7 @@ Entry = dict[str, Any]  # of a manifest: object, size, sha256, mark
 
 
 class ObjectStore:
-    """A prefix of an object store. Implements `study.places.Place`."""
+    """A prefix of an object store. Implements `study.storage.places.Place`."""
 
     def __init__(self, uri: str, folder: Path) -> None:
         """Connect when it is first used.

@@ -3,7 +3,7 @@
 What is kept comes in bundles: files that belong together under a name such as `states/<key>`. A place publishes a
 bundle as a whole; a reader finds all of it or nothing, whatever happens to the writer. `study.store` says what the
 bundles are called and hold. A folder publishes by a rename, here; an object store, which cannot rename, by a manifest
-that is written last (`study.object_store`, imported where a URI is given).
+that is written last (`study.storage.object_store`, imported where a URI is given).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Protocol
 
 from study.documents import StudyError
-from study.durable import flush_folder, make_folder, write_file
-from study.seals import unsealed
+from study.storage.durable import flush_folder, make_folder, write_file
+from study.storage.seals import unsealed
 
 SCHEMES = {"s3": ("s3fs", "s3")}  # scheme of a URI → the module that serves it, and the extra that installs it
 LOCAL = "SPFT_LOCAL"  # environment of a node: folder below which it keeps what a storage on a URI leaves to it
@@ -346,6 +346,6 @@ def place_of(address: Address) -> Place:
     """The place of a storage; nothing is made or asked before it is used."""
     if address.uri is None:
         return LocalFolder(address.folder)
-    from study.object_store import ObjectStore
+    from study.storage.object_store import ObjectStore
 
     return ObjectStore(address.uri, address.folder)

@@ -24,11 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from study.claim import held_by
 from study.documents import StudyError
 from study.interrupts import StudyHaltedError
-from study.object_store import ObjectStore
-from study.places import AwayError
+from study.storage.claim import held_by
+from study.storage.object_store import ObjectStore
+from study.storage.places import AwayError
 
 log = logging.getLogger(__name__)
 

@@ -25,20 +25,20 @@ from ray._private import ray_constants, services
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is there, its stub is not
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from study import node_survey
+from study.cluster import node_survey
+from study.cluster.ray_dashboard import job_of
+from study.cluster.ray_environment import address_fault, sent_along, token_fault
+from study.cluster.ray_head import leave, watched
 from study.documents import StudyError
 from study.executors import placed
 from study.interrupts import ClusterLostError, kept_signals
-from study.ray_dashboard import job_of
-from study.ray_environment import address_fault, sent_along, token_fault
-from study.ray_head import leave, watched
 from study.schedule import Schedule
 from study.spec import Study
 from study.store import Store
 
 log = logging.getLogger(__name__)
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 METRICS_TARGETS = "prom_metrics_service_discovery.json"  # Ray writes it into its temporary folder
 ANSWER_SECONDS = 6.0  # for a head node to answer; Ray itself would ask for minutes
 SURVEY_SECONDS = 120.0  # for all nodes together: they may have to start a worker and to fetch the encoder

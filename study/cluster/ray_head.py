@@ -19,8 +19,8 @@ from contextlib import contextmanager
 import ray
 from ray._private import ray_constants
 
+from study.cluster.watchdog import Silence
 from study.interrupts import ClusterLostError, Halt
-from study.watchdog import Silence
 
 log = logging.getLogger(__name__)
 

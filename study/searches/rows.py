@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from search_spaces.space import Assignment, Space, changed
 from study.chains import Chain, chain_of, course_of, materials_of, resolve_compute
 from study.documents import StudyError
-from study.search_settings import SearchSettings, space_of
+from study.searches.settings import SearchSettings, space_of
 from study.spec import Row, Study
 from trainables.settings import Settings
 

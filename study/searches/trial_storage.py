@@ -17,8 +17,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from analysis.credentials import without_credentials
 from study.documents import StudyError
-from study.durable import make_folder
 from study.interrupts import StudyHaltedError
+from study.storage.durable import make_folder
 
 log = logging.getLogger(__name__)
 

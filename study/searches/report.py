@@ -15,7 +15,7 @@ from analysis.schema import StudyHeader
 from analysis.search_page import SearchPage, render
 from analysis.writers import write_atomically
 from study.search import TrialFacts, Trials
-from study.search_rows import Search
+from study.searches.rows import Search
 
 MOST_SHOWN = 200  # trials in the page; all of them are in trials.csv
 
@@ -29,7 +29,7 @@ class Spent(NamedTuple):
 
 def write_search_report(search: Search, trials: Trials, header: StudyHeader, spent: Spent, folder: Path) -> list[Path]:
     """Write trials.csv, figures/search-*.png and .svg, and report.html; all are replaced as a whole."""
-    from study.search_figures import draw_search
+    from study.searches.figures import draw_search
 
     facts = trials.all()
     drawings = draw_search(trials.study, objective_labels(search, header.metric_label))

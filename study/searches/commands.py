@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from study import places
 from study.documents import StudyError
 from study.options import (
     Overrides,
@@ -21,10 +20,11 @@ from study.options import (
     tracking_address,
 )
 from study.running import Launch
-from study.sharing import reach
+from study.storage import places
+from study.storage.sharing import reach
 
 if TYPE_CHECKING:
-    from study.searching import SearchLaunch
+    from study.searches.running import SearchLaunch
     from study.spec import Study
 
 SEARCH = "search"
@@ -104,7 +104,7 @@ def search(
     said.value(None, lambda: check_timeout(timeout))
     said.value(None, lambda: check_timeout(stage_timeout, "--stage-timeout"))
     declared = _declared(said, study, task, given, seeds, smoke, dataset, data_root, backbone, None if plan else launch)
-    from study.searching import SearchLaunch, print_search_plan, run_search
+    from study.searches.running import SearchLaunch, print_search_plan, run_search
 
     how = SearchLaunch(launch, timeout, optuna_storage)
     if plan:
@@ -143,8 +143,8 @@ def ablate_best(
         said, study, task, override, seeds, smoke, dataset, data_root, backbone, None if plan else launch
     )
     from study.running import print_plan
-    from study.searching import SearchLaunch, ablation_around_best
-    from study.searching import ablate_best as run_ablation
+    from study.searches.running import SearchLaunch, ablation_around_best
+    from study.searches.running import ablate_best as run_ablation
 
     how: SearchLaunch = SearchLaunch(launch, None, optuna_storage)
     if plan:

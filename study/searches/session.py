@@ -22,10 +22,10 @@ from study.ledger_entries import CellHeader, CellOutcome, RowHeader
 from study.plan import Plan, make_plan
 from study.schedule import Node, Schedule
 from study.search import TrialFacts, Trials
-from study.search_report import Spent, write_search_report
-from study.search_rows import Search
-from study.search_storage import Place
-from study.sharing import share_study
+from study.searches.report import Spent, write_search_report
+from study.searches.rows import Search
+from study.searches.trial_storage import Place
+from study.storage.sharing import share_study
 from trainables.cache_files import release
 from trainables.results import CellResult, EpochRecord
 from trainables.stopping import follow

@@ -22,14 +22,14 @@ from study.running import (
     run_to_table,
     say_where,
 )
-from study.search_rows import Search, ablation_of, confirmation
+from study.searches.rows import Search, ablation_of, confirmation
 from study.spec import Study
 
 if TYPE_CHECKING:
     from study.driver import Launched
     from study.plan import Plan
     from study.search import TrialFacts, Trials
-    from study.search_storage import Place
+    from study.searches.trial_storage import Place
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SearchLaunch:
 
     def place(self, name: str) -> Place:
         """Where Optuna keeps the search."""
-        from study.search_storage import Place, default_place
+        from study.searches.trial_storage import Place, default_place
 
         return default_place(self.launch.folder, name) if self.optuna_storage is None else Place(self.optuna_storage)
 
@@ -117,13 +117,13 @@ def _searched(search: Search, how: SearchLaunch, console: Console) -> tuple[Tria
     search.check_values(launch.folder, download=True)
     from study.driver import run_plan
     from study.search import Trials, check_sampler
-    from study.search_storage import check_place, storage_watched
+    from study.searches.trial_storage import check_place, storage_watched
 
     place = how.place(search.study.name)
     declaration = search.declaration(launch.folder)
     check_sampler(search.settings)
     check_place(place, search.study.name, declaration)
-    from study.search_session import Budget, SearchSession
+    from study.searches.session import Budget, SearchSession
 
     begin = partial(SearchSession, search=search, place=place, budget=Budget(how.seconds))
     with storage_watched(place):

@@ -1,0 +1,1 @@
+"""Ray clusters: reaching one, watching it, what its nodes have."""

@@ -1,0 +1,1 @@
+"""Searches: trials that are stages of one tree, from settings to report."""

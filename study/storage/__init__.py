@@ -1,0 +1,1 @@
+"""Where files lie: folders, object stores, who may write them."""
