@@ -11,6 +11,8 @@ _AS_A_PARAMETER = re.compile(
     re.IGNORECASE,
 )
 
+SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or both in the file ~/.mlflow/credentials"
+
 
 def without_credentials(text: str) -> str:
     """Text as a message, a log or a record may show it: of each address, user and password are '…'."""

@@ -23,7 +23,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from analysis import schema
-from analysis.credentials import holds_credentials, without_credentials
+from analysis.credentials import SIGN_IN, holds_credentials, without_credentials
 from analysis.ledger_tables import LedgerRun, Values, open_tables
 from analysis.record_frames import Place, cells_frame, declared, history_frame, status_of
 from analysis.schema import StudyHeader
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or both in the file ~/.mlflow/credentials"
 PROBE_TIMEOUT_S = 4  # for connecting and again for the answer: an unreachable server is told within 8 s
 
 

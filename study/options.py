@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from analysis.credentials import SIGN_IN, holds_credentials, without_credentials
 from study.documents import StudyError, parse_override
 from study.storage.places import LOCAL, Address
 
@@ -109,8 +110,8 @@ def _nearest(path: Path) -> str:
 # -- secrets ---------------------------------------------------------------------------------------------------------
 
 ELSEWHERE = {
-    "http": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or both in the file ~/.mlflow/credentials",
-    "https": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or both in the file ~/.mlflow/credentials",
+    "http": SIGN_IN,
+    "https": SIGN_IN,
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or both in the file ~/.aws/credentials",
     "postgresql": "leave the password out, and set PGPASSWORD or give it in the file ~/.pgpass",
 }
@@ -122,8 +123,6 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
     Raises:
         StudyError: with every such argument, without its secret, and where it belongs.
     """
-    from analysis.credentials import holds_credentials, without_credentials
-
     problems = []
     for before, argument in zip(("", *arguments), arguments, strict=False):
         if not holds_credentials(argument):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_indices import made_index
 from PIL import Image
 
 from tests.made_datasets import SIZE as MADE_SIZE
@@ -36,19 +37,11 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def index_of(*names: str, classes: tuple[str, ...] = ("Mass", "Nodule"), dropped: tuple[str, ...] = ()) -> Index:
     """Real images, the first two to train on."""
-    return Index(
-        dataset="chestxray14",
-        classes=classes,
-        names=np.array(names),
-        groups=np.array(names),
-        labels=np.ones((len(names), len(classes)), np.uint8),
-        split=np.resize(np.array([0, 0, 1, 2], np.uint8), len(names)),
-        group_kind="patient",
-        single_label=False,
-        channels=1,
-        synthetic=False,
-        dropped=dropped,
+    labels, split = (
+        np.ones((len(names), len(classes)), np.uint8),
+        np.resize(np.array([0, 0, 1, 2], np.uint8), len(names)),
     )
+    return made_index(names, classes, labels=labels, split=split, group_kind="patient", dropped=dropped)
 
 
 def settings_of(root: Path, **detection: Any) -> Settings:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_indices import made_index
 from PIL import Image
 
 from trainables.data.decode import UNREADABLE, decode, decode_whole
@@ -226,16 +227,4 @@ def test_the_cache_reads_them_and_names_those_of_another_modality(tmp_path: Path
 
 
 def index_of(*names: str) -> Index:
-    return Index(
-        dataset="vindr_cxr",
-        classes=("ILD",),
-        names=np.array(names),
-        groups=np.array(names),
-        labels=np.zeros((len(names), 1), np.int8),
-        split=np.zeros(len(names), np.uint8),
-        group_kind="image",
-        single_label=False,
-        channels=1,
-        synthetic=False,
-        claims=CHEST,
-    )
+    return made_index(names, ("ILD",), dataset="vindr_cxr", claims=CHEST)

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout_copies import LAYOUTS
+from made_indices import made_index
 from PIL import Image
 
 from tests.made_datasets import CSV_OPTIONS
@@ -214,18 +215,7 @@ def test_hostile_names_of_images_find_nothing_outside_of_the_root(parts: list[st
 
 
 def index_of(*names: str) -> Index:
-    return Index(
-        dataset="csv",
-        classes=("Mass",),
-        names=np.array(names),
-        groups=np.array(names),
-        labels=np.zeros((len(names), 1), np.int8),
-        split=np.zeros(len(names), np.uint8),
-        group_kind="image",
-        single_label=False,
-        channels=3,
-        synthetic=False,
-    )
+    return made_index(names, dataset="csv", channels=3)
 
 
 @pytest.mark.parametrize(

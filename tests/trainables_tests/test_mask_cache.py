@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from made_indices import made_index
 from PIL import Image
 
 from tests.made_datasets import make_chexmask
@@ -35,19 +36,8 @@ FITS: tuple[Fit, ...] = ("crop", "squash", "letterbox")
 
 def index_of(names: Sequence[str], dataset: str = "chestxray14") -> Index:
     """An index of images that lie flat in images/, as ChestX-ray14's and JSRT's do."""
-    n = len(names)
-    return Index(
-        dataset=dataset,
-        classes=("any",),
-        names=np.array(names),
-        groups=np.array([f"g{i}" for i in range(n)]),
-        labels=np.zeros((n, 1), np.uint8),
-        split=np.zeros(n, np.uint8),
-        group_kind="patient",
-        single_label=False,
-        channels=1,
-        synthetic=False,
-    )
+    groups = np.array([f"g{i}" for i in range(len(names))])
+    return made_index(names, ("any",), dataset=dataset, groups=groups, group_kind="patient")
 
 
 def blob(rng: np.random.Generator, height: int, width: int) -> Mask:
