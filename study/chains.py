@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,25 @@ class Course:
     def frozen_positions(self) -> tuple[int, ...]:
         """For each epoch the last position that its training does not change."""
         return tuple(self.material.costs.frozen_position(now.unfrozen, now.base) for now in self.phases)
+
+    @cached_property
+    def readers(self) -> dict[int, tuple[int, ...]]:
+        """Position whose activations are worth keeping → epochs that would read them."""
+        found: dict[int, list[int]] = {}
+        for epoch, position in enumerate(self.frozen_positions):
+            if self.material.costs.worth_keeping(position):
+                found.setdefault(position, []).append(epoch)
+        return {position: tuple(epochs) for position, epochs in found.items()}
+
+    @cached_property
+    def ends(self) -> tuple[bool, ...]:
+        """For each epoch whether a stage must end with it: the last one, and those after which another phase begins."""
+        return (*(now != then for now, then in pairwise(self.phases)), True)
+
+    @cached_property
+    def least_units(self) -> tuple[int, ...]:
+        """Training units of each epoch from perfect caches."""
+        return self.units(frozenset(self.frozen_positions))
 
     def units(self, cached: frozenset[int] = frozenset()) -> tuple[int, ...]:
         """Training units of each epoch where activations are cached at some positions."""
@@ -272,11 +292,13 @@ def _away(dataset_json: str, splits: Path) -> Index:
 
 def course_of(settings: Settings, material: Material, compute: Compute) -> Course:
     """What a row's settings come to on a data set."""
-    phases, tokens = _epoch_tokens(settings.model_dump_json(), len(material.costs.blocks))
+    blocks = len(material.costs.blocks)
+    phases = tuple(phase(settings.strategy, blocks, e) for e in range(total_epochs(settings.strategy)))
+    effective = {now: _effective(settings, now) for now in dict.fromkeys(phases)}
     return Course(
         material=material,
         phases=phases,
-        tokens=tokens,
+        tokens=tuple(effective[now] for now in phases),
         observer=Observer.of(settings.ema, settings.stopping, material.observed_at),
         ground=_ground(settings, material, compute),
         cache_identity=_cache_identity(settings, material, compute),
@@ -321,14 +343,6 @@ def _encoder(settings: Settings, model: ModelFacts) -> tuple[object, ...]:
 @cache
 def _ground_digest(*parts: object) -> str:
     return digest("ground", *parts, sources_digest())
-
-
-@cache
-def _epoch_tokens(settings_json: str, blocks: int) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
-    """Phases of all epochs, and for each epoch the text of its effective configuration."""
-    settings = Settings.model_validate_json(settings_json)
-    phases = tuple(phase(settings.strategy, blocks, e) for e in range(total_epochs(settings.strategy)))
-    return phases, tuple(_effective(settings, now) for now in phases)
 
 
 def _effective(settings: Settings, now: Phase) -> str:

@@ -211,22 +211,27 @@ def _stages(
 ) -> tuple[Stage, ...]:
     drafts: dict[str, tuple[str | None, int, int, Phase, int]] = {}
     cells: dict[str, int] = defaultdict(int)
+    branching = _branching(children)
+    cached = {identity: frozenset(kept) for identity, kept in positions.items()}
     for chain in chains:
-        parent, first, phases = None, 0, chain.phases
-        prices = chain.course.units(frozenset(positions[chain.cache_identity]))
-        for epoch, key in enumerate(chain.keys):
-            now = phases[epoch]
-            ends = epoch + 1 == len(chain.keys) or len(children.get(key, ())) != 1 or phases[epoch + 1] != now
-            if not ends:
+        parent, first = None, 0
+        prices = chain.course.units(cached.get(chain.cache_identity, frozenset()))
+        for last, (key, ends) in enumerate(zip(chain.keys, chain.course.ends, strict=True), start=1):
+            if not ends and key not in branching:
                 continue
             cells[key] += 1
             if key not in drafts:
-                drafts[key] = (parent, first, epoch + 1, now, sum(prices[first : epoch + 1]))
-            parent, first = key, epoch + 1
+                drafts[key] = (parent, first, last, chain.phases[last - 1], sum(prices[first:last]))
+            parent, first = key, last
     return tuple(
         Stage(key, parent, first, last, now, cells[key], units)
         for key, (parent, first, last, now, units) in drafts.items()
     )
+
+
+def _branching(children: dict[str, tuple[str, ...]]) -> set[str]:
+    """Keys that more than one other follows."""
+    return {key for key, following in children.items() if len(following) > 1}
 
 
 def _units(chains: Sequence[Chain], stages: Sequence[Stage], caches: Sequence[Cache], floor: int) -> Units:
@@ -241,7 +246,7 @@ def _floor(chains: Sequence[Chain]) -> int:
     passes: dict[str, int] = {}
     for chain in chains:
         course, material = chain.course, chain.material
-        epochs.update(zip(chain.keys, course.units(frozenset(course.frozen_positions)), strict=True))
+        epochs.update(zip(chain.keys, course.least_units, strict=True))
         seen = min(course.views, len(chain.keys))  # an epoch shows each image in one view
         once = seen * material.train_images * material.costs.forward(IMAGES, max(course.frozen_positions))
         passes[chain.cache_identity] = max(passes.get(chain.cache_identity, 0), once)
@@ -255,10 +260,10 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
     """Pooled vectors always; token boundaries by benefit, as long as they fit in a share of the free disk."""
     readers: dict[tuple[str, int], dict[str, Chain]] = defaultdict(dict)
     for chain in chains:
-        costs = chain.material.costs
-        for key, position in zip(chain.keys, chain.course.frozen_positions, strict=True):
-            if costs.worth_keeping(position):
-                readers[chain.cache_identity, position][key] = chain
+        for position, epochs in chain.course.readers.items():
+            users = readers[chain.cache_identity, position]
+            for epoch in epochs:
+                users[chain.keys[epoch]] = chain
     budget = int(execution.cache_disk_share * _free_bytes(storage))
     pooled, tokens = [], []
     for (identity, position), users in readers.items():
@@ -324,12 +329,13 @@ def _disk_bytes(
     weights = 0
     slots = os.cpu_count() or 1
     running: list[int] = []
+    branching = _branching(children)
     for chain in chains:
         trained = _trained_bytes(chain, chain.phases[-1])
         weights += trained
         running.append(5 * trained)  # raw, two moments, an average, a best
         for key, now in zip(chain.keys, chain.phases, strict=True):
-            if len(children.get(key, ())) > 1:
+            if key in branching:
                 states[key] = 3 * _trained_bytes(chain, now)
     largest = sum(sorted(running, reverse=True)[:slots])
     again = _image_bytes(chains) + sum(c.bytes for c in caches)
