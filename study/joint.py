@@ -35,6 +35,9 @@ class JointDocument(Frozen):
     studies: Annotated[tuple[str, ...], Field(min_length=2)] = Field(
         ..., description="shipped studies by name, or files relative to this one"
     )
+    smoke: dict[str, Any] = Field(
+        default_factory=dict, description="dotted key → value, in every study under --smoke, over its own smoke"
+    )
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def load_joint(path: Path, choices: Choices | None = None) -> JointStudy:
     declared = problems.validate(JointDocument, file.document)
     problems.raise_if_any()
     assert declared is not None
+    if choices.smoke:
+        choices = _with_smoke(choices, declared, path)
     problems.add_lines(_idle(choices))
     studies: list[Study] = []
     for position, name in enumerate(declared.studies):
@@ -118,6 +123,13 @@ def _for_task(choices: Choices, task: str) -> Choices:
     foreign = {group for (group, names), of in ONLY_IN_TASK.items() if not names and of != task}
     overrides = {key: value for key, value in choices.overrides.items() if key.split(".")[0] not in foreign}
     return replace(choices, overrides=overrides)
+
+
+def _with_smoke(choices: Choices, declared: JointDocument, path: Path) -> Choices:
+    """The choices with what the file says of --smoke, where the command line says nothing else."""
+    ours = {key: value for key, value in flatten(declared.smoke).items() if key not in choices.flat()}
+    typed = {key: f"{path.name}: smoke: {key}" for key in ours}
+    return replace(choices, overrides={**choices.overrides, **ours}, typed={**choices.typed, **typed})
 
 
 def _idle(choices: Choices) -> list[str]:

@@ -51,6 +51,19 @@ def test_unified_holds_the_ablation_of_every_task_with_the_same_steps() -> None:
     assert unified.cells == 36
 
 
+def test_what_a_joint_file_says_of_smoke_acts_in_all_its_studies_and_the_command_line_has_the_last_word(
+    tmp_path: Path,
+) -> None:
+    both = ["ablation", "segmentation_ablation"]
+    path = joint(tmp_path, studies=both, smoke={"seeds": [3, 4], "strategy.tune_epochs": 4})
+    assert {study.seeds for study in load_joint(path).studies} == {(0, 1, 2)}
+    smoke = load_joint(path, Choices({"seeds": [5]}, smoke=True)).studies
+    assert {study.seeds for study in smoke} == {(5,)}
+    assert {study.rows[0].settings[study.datasets[0]].strategy.tune_epochs for study in smoke} == {4}
+    problems = problems_of(joint(tmp_path, studies=both, smoke={"strategy.tune_epoch": 2}), Choices(smoke=True))
+    assert all(said.startswith("joint.yaml: smoke: strategy.tune_epoch: ") for said in problems)
+
+
 def test_a_study_and_a_mistake_are_no_joint_study(tmp_path: Path) -> None:
     assert find_joint("unified") == UNIFIED
     assert find_joint(str(joint(tmp_path))) == tmp_path / "joint.yaml"
@@ -107,9 +120,11 @@ def test_the_plan_of_unified_is_that_of_its_studies(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["unified", "--smoke", "--plan", "--json", "--storage", str(tmp_path / "out")])
     assert told.exit_code == 0, told.output
     plan = json.loads(told.output)
-    assert plan["cells"] == sum(study["cells"] for study in plan["studies"]) == 24
+    assert plan["cells"] == sum(study["cells"] for study in plan["studies"]) == 12
     assert [study["study"] for study in plan["studies"]] == ["ablation", "detection_ablation", "segmentation_ablation"]
-    alone = CliRunner().invoke(app, ["ablation", "--smoke", "--plan", "--json", "--storage", str(tmp_path / "out")])
+    alone = CliRunner().invoke(
+        app, ["ablation", "--smoke", "--seeds", "0", "--plan", "--json", "--storage", str(tmp_path / "out")]
+    )
     assert plan["studies"][0] == json.loads(alone.output)
     assert not (tmp_path / "out").exists()
 
