@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -484,6 +485,46 @@ def test_splits_and_reports_go_to_the_store_and_from_there_to_other_machines(
         Store(theirs).share_splits()
     assert server.objects("splits") == {"splits/phantom.csv": b"ours"}
     assert (theirs.folder / "splits" / "phantom.csv").read_text() == "kept", "what is here is checked by its digest"
+
+
+def test_a_result_that_is_written_again_while_it_is_checked_counts(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look finds the manifest of before, whose objects are gone by the second."""
+    store = saved(address_of(server))
+    listed, again = module.ObjectStore._listed, [True]
+
+    def late(place: module.ObjectStore, below: str) -> Any:
+        if again and below == result_name(LEAF, OBSERVER):
+            again.clear()
+            saved(address_of(server))
+        return listed(place, below)
+
+    monkeypatch.setattr(module.ObjectStore, "_listed", late)
+    assert store.load_result(LEAF, OBSERVER) is not None
+    assert not again
+    assert saved(address_of(server)).load_result(LEAF, OBSERVER) is not None
+
+
+def test_pictures_that_another_machine_has_written_anew_are_brought(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = address_of(server)
+    server.write("ablation/pictures/phantom.npz", b"new")
+    (ours.folder / "ablation" / "pictures").mkdir(parents=True)
+    (ours.folder / "ablation" / "pictures" / "phantom.npz").write_bytes(b"old")
+    bring(ours, "ablation/pictures")
+    assert (ours.folder / "ablation" / "pictures" / "phantom.npz").read_bytes() == b"old"
+    bring(ours, "ablation/pictures", replace=True)
+    assert (ours.folder / "ablation" / "pictures" / "phantom.npz").read_bytes() == b"new"
+
+
+def test_of_the_copies_of_a_file_the_one_that_counts_is_kept(server: Server) -> None:
+    store = saved(address_of(server))
+    first = store.predictions(LEAF, OBSERVER)
+    assert first.is_file()
+    second = saved(address_of(server)).predictions(LEAF, OBSERVER)
+    assert second.is_file() and second != first and not first.exists()
 
 
 def test_names_that_lead_out_of_a_folder_are_not_followed(server: Server, tmp_path: Path) -> None:

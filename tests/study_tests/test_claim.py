@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -68,3 +69,14 @@ def test_a_holder_that_has_not_said_who_it_is_yet_is_respected(tmp_path: Path) -
         (tmp_path / "ablation.json").unlink()
         with pytest.raises(StudyError, match="by a process that has just begun"), claimed(tmp_path, "ablation", "mine"):
             raise AssertionError("both run it")
+
+
+def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(StudyError) as caught, claimed(tmp_path, "ablation", "mine"):
+        raise AssertionError("nobody knows who else runs it")
+    (said,) = caught.value.problems
+    assert said.startswith(f"{tmp_path / 'ablation.lock'}: cannot be locked (No locks available); mount it with locks")

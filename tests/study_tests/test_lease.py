@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -136,6 +136,34 @@ def test_of_many_who_try_at_once_one_is_let_in(server: Store, tmp_path: Path) ->
     for thread in threads:
         thread.join()
     assert (len(held), len(refused)) == (1, 5)
+
+
+def test_who_was_asleep_between_looking_and_taking_does_not_take_a_number_that_was_passed(
+    server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it slept another one took the number and gave it back, and a third holds the next."""
+    with leased(store_of(server, tmp_path), machine(tmp_path, "zero"), "ablation", "zero", never):
+        pass
+    create = ObjectStore.create
+    with ExitStack() as third:
+
+        def late(store: ObjectStore, name: str, data: bytes) -> bool:
+            if b'"sleeper"' in data and not overtaken:
+                overtaken.append(name)
+                with leased(store_of(server, tmp_path), machine(tmp_path, "one"), "ablation", "one", never):
+                    pass
+                third.enter_context(
+                    leased(store_of(server, tmp_path), machine(tmp_path, "two"), "ablation", "two", never)
+                )
+            return create(store, name, data)
+
+        overtaken: list[str] = []
+        monkeypatch.setattr(ObjectStore, "create", late)
+        with (
+            pytest.raises(StudyError, match=r"\(two\)"),
+            leased(store_of(server, tmp_path), machine(tmp_path, "three"), "ablation", "sleeper", never),
+        ):
+            raise AssertionError("both run it")
 
 
 @pytest.mark.slow

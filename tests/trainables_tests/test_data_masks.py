@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_indices import made_index
 from PIL import Image
 
 from trainables.data.index import DataError
-from trainables.data.masks import read_chexmask, run_lengths
+from trainables.data.masks import read_chexmask, rows_by_stem, run_lengths
 from trainables.data.registry import load_index, locate, read_masks, read_table
 from trainables.settings import DatasetSettings
 
@@ -118,6 +120,28 @@ def test_a_mask_that_cannot_be_decoded_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "VinDr-CXR.csv").write_text("image_id,Heart\n")
     with pytest.raises(DataError, match=r"no column 'Dice RCA \(Mean\)', 'Left Lung'"):
         read_chexmask(tmp_path / "VinDr-CXR.csv")
+
+
+def test_images_of_one_name_in_several_folders_do_not_share_a_mask() -> None:
+    names = ["p1/view1.jpg", "p2/view1.jpg", "p3/view2.jpg"]
+    with pytest.raises(DataError, match=r"2 images are called view1, such as p1/view1\.jpg: .* rename the images"):
+        rows_by_stem(made_index(names))
+    assert rows_by_stem(made_index(names[1:])) == {"view1": 0, "view2": 1}
+
+
+def test_long_rows_are_read_in_many_threads_at_once(tmp_path: Path) -> None:
+    """csv has one limit for the process, and each reader raises it for itself."""
+    path = tmp_path / "VinDr-CXR.csv"
+    drawn = write_chexmask(path, [0.9] * 8, seed=3)
+    before = csv.field_size_limit(200)
+    try:
+        masks = read_chexmask(path)
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(masks.read, list(masks.names) * 20))
+        assert csv.field_size_limit() == 200
+    finally:
+        csv.field_size_limit(before)
+    assert len(read) == 20 * len(drawn)
 
 
 def make_jsrt(root: Path, names: list[str]) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,10 @@ from tiny_trials import (
 )
 from torch import Tensor
 
-from study.store import Store
+from study.store import Store, result_name
 from trainables.classification import Classification
 from trainables.data.opened import Data
+from trainables.device_memory import GPU_MEMORY
 from trainables.requests import Observer, Watch
 from trainables.results import CellResult, TrainingError
 from trainables.settings import EmaSettings, Settings, StoppingSettings
@@ -266,3 +269,17 @@ def test_an_observer_is_what_its_settings_say() -> None:
     assert averaged == Observer(0.9999, 50, None)
     assert averaged.name == "ema 0.9999 tau 50 patience None"
     assert len({o.name for o in (*OBSERVERS, RAW, averaged)}) == 6
+
+
+def test_memory_is_on_record_where_epochs_were_trained_and_not_where_a_trial_was_only_evaluated(
+    settings: Settings, task: Classification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU of its own: set-up and evaluation take less than training, and would teach too little."""
+    monkeypatch.setattr("trainables.device.memory_taken", lambda compute, share: (3_000, 10_000))
+    store = Store(tmp_path)
+    request = dataclasses.replace(trial_request(settings, [RAW]), keep=frozenset({LEAF}))
+    finish(begin(request, task, store))
+    assert json.loads(result(store, RAW).provenance[GPU_MEMORY])["peak_bytes"] == 3_000
+    shutil.rmtree(store.root / result_name(LEAF, RAW.name))
+    begin(request, task, store)
+    assert GPU_MEMORY not in result(store, RAW).provenance
