@@ -126,14 +126,14 @@ def test_help_names_every_target_of_the_surface(checkout: Path) -> None:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A PATH of its own: what .ci/run uses, git, a capable python3, a chromium, ip, PostgreSQL; no make yet."""
+    """A PATH of its own: what .ci/run uses, git, a capable python3, ip, PostgreSQL; no make yet."""
     path = tmp_path / "bin"
     path.mkdir()
     for tool in ("bash", "dirname", "grep", "mktemp", "rm", "tail", "tee", "timeout"):
         found = shutil.which(tool)
         assert found is not None, f"{tool} is not installed"
         (path / tool).symlink_to(found)
-    for stand_in in ("git", "python3", "chromium", "ip", "pg_createcluster"):
+    for stand_in in ("git", "python3", "ip", "pg_createcluster"):
         executable(path / stand_in, "#!/bin/sh\n")
     executable(path / "apt-get", f'#!/bin/sh\necho "$*" >> {tmp_path}/apt.log\n')
     return path
@@ -175,16 +175,16 @@ def test_ci_fails_when_the_tests_never_ran(root: Path, machine: Path, status: in
 
 
 def test_ci_installs_what_is_missing_and_nothing_else(root: Path, machine: Path, tmp_path: Path) -> None:
-    for tool in ("chromium", "ip", "pg_createcluster"):
+    for tool in ("ip", "pg_createcluster"):
         (machine / tool).unlink()
     executable(machine / "python3", "#!/bin/sh\nexit 1\n")  # too old, or without ensurepip
     run = ci(root, machine, f'echo "{CLOSING}"')
     if os.geteuid() != 0:
         assert run.returncode == 1
-        assert "ci: needs python3 python3-venv chromium iproute2 postgresql; install them, or run as root" in run.stderr
+        assert "ci: needs python3 python3-venv iproute2 postgresql; install them, or run as root" in run.stderr
         return
     assert run.returncode == 0, run.stderr
     update, install = (tmp_path / "apt.log").read_text().splitlines()
     assert update.endswith("update")
-    assert install.endswith("install --yes --no-install-recommends python3 python3-venv chromium iproute2 postgresql")
+    assert install.endswith("install --yes --no-install-recommends python3 python3-venv iproute2 postgresql")
     assert "DPkg::Lock::Timeout=300" in install
