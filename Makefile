@@ -11,7 +11,7 @@ UPGRADE ?=
 # Further arguments of the launcher (`ablation`), the benchmarks (`bench`) or pytest (`test`, `check`)
 ARGS ?=
 # Tests run in so many processes, a file in one: most tests wait more than they compute
-WORKERS ?= 2
+WORKERS ?= 3
 # The image of the cluster in containers, and what it is built from (docs/cluster.md); PIP_CONF=FILE: a pip.conf with
 # indexes of your own, TORCH_INDEX=URL: an index with CPU wheels of torch
 IMAGE ?= spft-studies:latest

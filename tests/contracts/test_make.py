@@ -112,7 +112,7 @@ def test_check_runs_lint_types_and_tests_in_this_order(checkout: Path, arguments
         ".venv/bin/python -m ruff check .",
         ".venv/bin/python -m ruff format --check .",
         ".venv/bin/python -m mypy",
-        f"timeout 9 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {marks}".strip(),
+        f"timeout 9 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder {marks}".strip(),
     ]
 
 
