@@ -106,6 +106,8 @@ mlflow_server() {
     MLFLOW_FLASK_SERVER_SECRET_KEY=$(secret mlflow_flask_key)
     export PGPASSWORD MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_KEY
     export MLFLOW_AUTH_ADMIN_USERNAME=admin MLFLOW_AUTH_CONFIG_PATH=$APP/docker/mlflow-auth.ini
+    # Its jobs judge answers of language models: seven processes that nothing here needs.
+    export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-false}
     export MLFLOW_BACKEND_STORE_URI=${MLFLOW_DATABASE:-postgresql+psycopg://mlflow@postgres/mlflow}
     exec mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers "${MLFLOW_WORKERS:-2}" \
         --artifacts-destination "${ARTIFACTS:-/artifacts}" \

@@ -316,6 +316,7 @@ def ui(
     require_free_port(port)
     print(f"MLflow UI at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     arguments = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # seven processes for what a study has not
     os.execv(sys.executable, [sys.executable, *arguments])
 
 

@@ -33,7 +33,8 @@ class Server:
         command += ["--backend-store-uri", self.database, "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "served")]
         command += self.arguments()
-        environment = {**os.environ, **self.environment()}
+        # Without processes for jobs of MLflow's own, which nothing here asks for.
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self.environment()}
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
