@@ -13,7 +13,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from fault_checks import EpochsSaved, every_run_once, same_results
+from fault_checks import EpochsSaved, every_run_once, prepared, same_results
 
 from tests.launches import Launch, command_of, launched
 from tests.networks import Network, network, why_not
@@ -69,7 +69,7 @@ def test_a_node_that_is_cut_off_trains_on_unheard_and_every_bit_is_the_same(
     cables: Network, undisturbed: Ran, tmp_path: Path
 ) -> None:
     """Its trial is given to the other node; then it finishes its epoch, into the same storage; then it is back."""
-    storage, cut = tmp_path / "storage", HEAD + 2
+    storage, cut = prepared(tmp_path / "storage", undisturbed), HEAD + 2
     with ray_nodes(workers=2, network=cables, settings=SOONER) as nodes:
         near, far = nodes.nodes[1:]
         saved = EpochsSaved(storage)
@@ -100,7 +100,7 @@ def test_a_node_that_is_cut_off_trains_on_unheard_and_every_bit_is_the_same(
 def test_a_head_node_that_dies_and_is_started_again_is_said_in_time_and_the_same_command_goes_on(
     undisturbed: Ran, tmp_path: Path
 ) -> None:
-    storage = tmp_path / "storage"
+    storage = prepared(tmp_path / "storage", undisturbed)
     with ray_nodes(workers=1) as nodes:
         head, worker = nodes.nodes
         saved = EpochsSaved(storage)

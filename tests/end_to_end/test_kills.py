@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fault_checks import EpochsSaved, every_run_once, same_results
+from fault_checks import EpochsSaved, every_run_once, prepared, same_results
 
 from tests.launches import Launch, command_of, launched
 from tests.studies_for_tests import ROOT, Ran
@@ -190,9 +190,9 @@ def test_ctrl_c_while_data_is_prepared_stops_at_once_and_says_how_to_go_on(tmp_p
     ],
 )
 def test_a_study_that_trains_stops_within_ten_seconds_and_leaves_no_process(
-    executor: str, number: signal.Signals, group: bool, tmp_path: Path
+    executor: str, number: signal.Signals, group: bool, undisturbed: Ran, tmp_path: Path
 ) -> None:
-    with launched(tmp_path / "storage", executor=executor) as launch:
+    with launched(prepared(tmp_path / "storage", undisturbed), executor=executor) as launch:
         assert launch.until(lambda: any((tmp_path / "storage").glob("states/*")), 600)
         assert stopped_by(launch, number, group=group) < 10
     said = launch.output.strip().splitlines()[-2:]
@@ -213,7 +213,7 @@ def test_a_signal_while_ray_starts_stops_as_well(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_that_a_stopped_study_names_brings_it_to_the_same_end(undisturbed: Ran, tmp_path: Path) -> None:
-    with launched(tmp_path / "storage") as launch:
+    with launched(prepared(tmp_path / "storage", undisturbed)) as launch:
         assert launch.until(lambda: any((tmp_path / "storage").glob("results/*/*/result.json")), 600)
         assert stopped_by(launch, signal.SIGINT, group=False) < 10
     named = shlex.split(launch.output.strip().splitlines()[-1])

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from fault_checks import prepared
 
 from tests.ray_nodes import RAY, RayNode, RayNodes, ray_nodes
 from tests.studies_for_tests import ROOT, TINY, Ran
@@ -175,7 +176,7 @@ def test_when_nodes_die_their_stages_go_on_elsewhere_and_every_bit_is_the_same(
 ) -> None:
     """One node dies while both train, later the other one too, and a new one comes."""
     one, other = nodes.nodes[1:3]
-    states = tmp_path / "storage" / "states"
+    states = prepared(tmp_path / "storage", undisturbed) / "states"
     with launched(tmp_path, nodes.address, environment=nodes.environment) as told:
         told.wait_for(lambda: any(states.glob("*")) and trains(one) and trains(other))
         one.raylet().send_signal(signal.SIGKILL)

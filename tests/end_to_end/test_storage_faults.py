@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fault_checks import EpochsSaved, every_run_once, same_results
+from fault_checks import EpochsSaved, every_run_once, prepared, same_results
 
 from study.documents import StudyError
 from tests.launches import Launch, completed, launched
@@ -83,7 +83,7 @@ def fill(disk: Path, leave: int = 0) -> Path:
 def test_a_disk_that_fills_up_stops_the_study_with_one_message_and_it_goes_on_with_room(
     executor: str, undisturbed: Ran, disk: Path
 ) -> None:
-    storage = disk / "storage"
+    storage = prepared(disk / "storage", undisturbed)
     with launched(storage, executor=executor) as launch:
         assert launch.until(trains(storage), 600)
         ballast = fill(disk)
@@ -275,7 +275,7 @@ def trained_while_away(
     storage: Path,
 ) -> str:
     """Take the ledger away in the middle of a study; what the study said."""
-    saved = EpochsSaved(storage)
+    saved = EpochsSaved(prepared(storage, undisturbed))
     with launched(storage, "--tracking-uri", server.uri) as launch:
         assert launch.until(trains(storage), 600)
         stop()
@@ -297,7 +297,7 @@ def trained_while_away(
 
 @pytest.mark.slow
 def test_training_goes_on_while_another_process_locks_the_ledger(undisturbed: Ran, tmp_path: Path) -> None:
-    storage = tmp_path / "storage"
+    storage = prepared(tmp_path / "storage", undisturbed)
     saved = EpochsSaved(storage)
     with launched(storage) as launch:
         assert launch.until(trains(storage), 600)
