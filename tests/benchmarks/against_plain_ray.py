@@ -25,7 +25,7 @@ class _Run:
 
 def against_plain_ray(effort: Effort) -> Measured:
     """Whole commands in turn, both on all of this machine's slots with one thread a trial."""
-    chosen: dict[str, Any] = dict(TINY) if effort.smallest else {}
+    chosen: dict[str, Any] = {**TINY, "seeds": [0]} if effort.smallest else {}
     pairs = pairs_in_turn(lambda: _ours(chosen), lambda: _plain(chosen), effort.repeats)
     gap = max(float((ours.cells - plain.cells).abs().max()) for ours, plain in pairs)
     return Measured(

@@ -25,9 +25,9 @@ class _Run(NamedTuple):
 
 def against_plain_search(effort: Effort) -> Measured:
     """Whole commands in turn, both on all of this machine's slots with one thread a trial; nothing is pruned."""
-    trials = len(DECAYS) if effort.smallest else TRIALS
+    trials, theirs = (len(DECAYS), 2) if effort.smallest else (TRIALS, TRIALS)
     chosen = search_overrides(trials, effort.smallest)
-    pairs = pairs_in_turn(lambda: _ours(chosen), lambda: _plain(chosen, trials), effort.repeats)
+    pairs = pairs_in_turn(lambda: _ours(chosen), lambda: _plain(chosen, theirs), effort.repeats)
     return Measured(
         {
             "plain Ray Tune / ours, whole command": Figure(
