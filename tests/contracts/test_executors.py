@@ -98,6 +98,13 @@ def execute(
     return heard, schedule, session
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an undisturbed run in this process ends with."""
+    folder = tmp_path_factory.mktemp("reference")
+    return digests(execute("local", planned(folder, ONE_SEED), folder)[2])
+
+
 @pytest.mark.parametrize("kind", EXECUTORS)
 def test_every_trial_runs_once_after_its_parent_and_leaves_its_results(kind: str, tmp_path: Path) -> None:
     """Through Ray besides: both slots of a machine are busy while enough trials are ready."""
@@ -167,7 +174,7 @@ def test_what_the_store_holds_is_not_trained_again(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(reference: dict[str, str], tmp_path: Path) -> None:
     killed: list[int] = []
 
     def kill(node: Node, record: EpochRecord) -> None:
@@ -176,8 +183,8 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(tmp_path: P
             os.kill(workers[0].pid, signal.SIGKILL)
             killed.append(workers[0].pid)
 
-    plan = planned(tmp_path / "a", ONE_SEED)
-    heard, _, session = execute("ray", plan, tmp_path / "a", kill)
+    plan = planned(tmp_path, ONE_SEED)
+    heard, _, session = execute("ray", plan, tmp_path, kill)
     assert killed
     _, complete = session.close()
     assert complete
@@ -187,11 +194,13 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(tmp_path: P
     )
     epochs = sum(event == "epoch" for event, _ in heard.events)
     assert epochs <= 1 + 3 * 2 + 1  # at most one epoch was trained twice
-    assert digests(session) == digests(execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")[2])
+    assert digests(session) == reference
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_stopped_is_ended_in_time_and_another_one_goes_on(tmp_path: Path) -> None:
+def test_a_worker_that_is_stopped_is_ended_in_time_and_another_one_goes_on(
+    reference: dict[str, str], tmp_path: Path
+) -> None:
     """A process that is stopped can do nothing for itself, not even end: the driver must notice."""
     stopped: list[str] = []
 
@@ -200,15 +209,15 @@ def test_a_worker_that_is_stopped_is_ended_in_time_and_another_one_goes_on(tmp_p
             os.kill(resting_worker(), signal.SIGSTOP)
             stopped.append(node.name)
 
-    plan = planned(tmp_path / "a", {**ONE_SEED, "execution.max_failures": 5})
-    heard, _, session = execute("ray", plan, tmp_path / "a", stop, timeout=HANG_SECONDS)
+    plan = planned(tmp_path, {**ONE_SEED, "execution.max_failures": 5})
+    heard, _, session = execute("ray", plan, tmp_path, stop, timeout=HANG_SECONDS)
     _, complete = session.close()
     assert complete
     since, again = heard.events.index(("epoch", stopped[0])), heard.events.index(("retried", stopped[0]))
     assert any(event == "epoch" and name != stopped[0] for event, name in heard.events[since:again])  # siblings went on
     hung = [reason for reason in heard.reasons if reason.startswith(f"epoch 3 of {stopped[0]!r} was not finished")]
     assert hung and f"within {HANG_SECONDS} s and counts as hung" in hung[0] and "--timeout" in hung[0]
-    assert digests(session) == digests(execute("local", planned(tmp_path / "b", ONE_SEED), tmp_path / "b")[2])
+    assert digests(session) == reference
 
 
 @pytest.mark.slow
