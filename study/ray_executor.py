@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle, tune
 from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -488,8 +489,13 @@ class TrialActor(tune.Trainable):
         measured = {"gpu_peak": peak, "gpu_card": card}
         return {"epoch": self._worker.epoch, "done": self._worker.done, "record": told, **measured}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """States are kept by our own store, at every epoch."""
+    def save(self, checkpoint_dir: str | None = None) -> _TrainingResult:
+        """Of a trial that gives way to another: its last figures alone, since our own store has its states.
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """A trial begins at the deepest state in the store, see `setup`."""
+        Tune's copy would go into the driver's folder, and nodes that do not have that folder fail there.
+        """
+        return _TrainingResult(tune.Checkpoint("/kept-by-the-store"), dict(self._last_result or {}))
+
+    def restore(self, checkpoint_path: _TrainingResult) -> None:
+        """A trial begins at the deepest state in the store, see `step`; Tune counts on."""
+        self._iteration = checkpoint_path.metrics.get("training_iteration", 0)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+from analysis.report import write_report
+from study.pictures import images_of
 from tests.detection_extra import needs_detection
 from tests.made_datasets import make_tbx11k, make_vindr, save
 from tests.studies_for_tests import Ran, run_study
@@ -41,7 +43,9 @@ def small_detectors(folder: Path, **dataset: object) -> str:
 
 
 def page_of(ran: Ran) -> str:
-    return (ran.storage / ran.plan.study.name / "report" / "report.html").read_text(encoding="utf-8")
+    """The report with its images, as a run writes it."""
+    folder = ran.storage / ran.plan.study.name / "report"
+    return write_report(ran.records(), folder, images_of(ran.plan, ran.storage)).html.read_text(encoding="utf-8")
 
 
 @needs_detection
@@ -52,7 +56,7 @@ def test_both_detectors_train_on_vindr_cxr_and_tbx11k_in_one_study(tmp_path: Pat
     changes: dict[str, Any] = {**SHORT, "datasets": list(roots)}
     ran = run_study(tmp_path / "out", changes, study=small_detectors(tmp_path), roots=roots)
     assert ran.complete
-    page = page_of(ran)  # as the run wrote it
+    page = page_of(ran)
     cells = ran.cells().reset_index()
     assert sorted(zip(cells["dataset"], cells["row"], strict=True)) == sorted(
         (dataset, row) for dataset in roots for row in ("YOLOv8", "RT-DETR")
