@@ -29,6 +29,7 @@ RAYS_PATIENCE_S = 60.0
 ASK_S, ANSWER_S = 2.0, 5.0  # between two questions, and for an answer
 AWAY_S = 5.0  # of silence, after which it is said
 TURN_S = 0.5
+WRONG_CLUSTER = "WrongClusterID"  # in what Ray raises when a head that was started again is asked
 STUCK_S = 5.0  # for the study's thread to hear that it is stopped
 
 
@@ -60,11 +61,17 @@ class Head:
             session = self._ask()
         except Exception as error:
             log.info("the head node of %s: %s", self._where, error)
+            self.hear(error)
             return
         if self._session is None:
             self._session = session
-        self._replaced = session != self._session
+        self._replaced = self._replaced or session != self._session
         self._answers.set()
+
+    def hear(self, error: BaseException) -> bool:
+        """What a call of Ray's raised; whether it says that another head has answered."""
+        self._replaced = self._replaced or WRONG_CLUSTER in str(error)
+        return self._replaced
 
     def turn(self) -> ClusterLostError | None:
         """Why there is nothing to wait for any more; else None. Called often: what it took itself counts for little."""
@@ -108,10 +115,11 @@ def watched(where: str) -> Iterator[None]:
         thread.start()
     try:
         yield
-    except BaseException:
-        if halt.reason is None:
+    except BaseException as error:
+        lost = halt.reason or (head.turn() if head.hear(error) else None)
+        if lost is None:
             raise
-        raise halt.reason from None
+        raise lost from None
     finally:
         ended.set()
         if halt.reason is None:  # a question that outlived the head would end this process after Ray's own patience

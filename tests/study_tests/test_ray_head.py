@@ -16,12 +16,14 @@ class Cluster:
 
     def __init__(self) -> None:
         self.now, self.session = 0.0, "session_1"
-        self.up = True
+        self.up, self.refuses = True, False
         self.head = Head(self._answer, "--address head:6379", PATIENCE, lambda: self.now)
 
     def _answer(self) -> str:
         if not self.up:
             raise ConnectionError("refused")
+        if self.refuses:
+            raise RuntimeError("RPC error: WrongClusterID: Perhaps the client is accessing GCS after it has restarted.")
         return self.session
 
     def passes(self, seconds: int) -> str | None:
@@ -74,6 +76,15 @@ def test_a_head_that_was_started_again_stops_the_study_at_its_first_answer() -> 
     cluster.up = False
     cluster.passes(8)
     cluster.up, cluster.session = True, "session_2"
+    said = cluster.passes(1)
+    assert said is not None
+    assert "the head node was started again, and knows nothing of what was running" in said
+
+
+def test_a_head_that_refuses_who_belongs_to_the_one_before_was_started_again() -> None:
+    cluster = Cluster()
+    cluster.passes(10)
+    cluster.refuses = True
     said = cluster.passes(1)
     assert said is not None
     assert "the head node was started again, and knows nothing of what was running" in said

@@ -139,7 +139,7 @@ def test_every_cell_of_the_ablation_is_that_of_a_run_without_sharing(tmp_path: P
     assert ours["trajectory_sha256"].nunique() == 3, "EMA observes the trajectory of the row before it"
     units = shared.header.units
     assert units.executed == shared.plan.units.shared
-    assert units.executed < alone.header.units.executed / 2
+    assert units.executed < 0.6 * alone.header.units.executed
     _figures_follow_from_kept_predictions(shared, ours)
 
 
