@@ -9,10 +9,8 @@ processes nor the last trials, of which fewer than slots are left, belong to it.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.benchmarks.measuring import Effort, Figure, Measured
@@ -115,7 +113,5 @@ def _watched(chosen: dict[str, Any]) -> tuple[list[Step], list[Sample]]:
         record = storage / "watched.json"
         arguments = ["ablation", "--executor", "ray", *overrides(chosen), "--storage", str(storage)]
         run_python(["-m", "tests.benchmarks.watched_launch", str(record), *arguments])
-        if (kept := os.environ.get("BENCHMARK_RECORD")) is not None:
-            Path(kept).write_bytes(record.read_bytes())
         seen = json.loads(record.read_text(encoding="utf-8"))
     return [Step(*step) for step in seen["steps"]], [Sample(*sample) for sample in seen["samples"]]

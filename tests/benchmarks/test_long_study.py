@@ -1,4 +1,4 @@
-"""The long study's arithmetic by hand, and the whole of it at its smallest size."""
+"""The long study's arithmetic by hand, and its plan."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.long_study import MOST_SHARE, Sample, Step, control_plane_share, growth, wide_study
-from tests.benchmarks.measuring import Effort
-from tests.benchmarks.registry import MEASUREMENTS
+from tests.benchmarks.long_study import Sample, Step, control_plane_share, growth, wide_study
 from tests.studies_for_tests import planned
 
 
@@ -39,13 +37,3 @@ def test_the_study_has_300_cells_and_330_trials(tmp_path: Path) -> None:
     plan = planned(tmp_path, wide_study(10, 30))
     assert len(plan.chains) == 300
     assert sum(stage.parent is None for stage in plan.stages) == 30
-
-
-@pytest.mark.slow
-def test_a_study_is_watched_through_ray() -> None:
-    measured = MEASUREMENTS["long-study"].run(Effort(1, smallest=True))
-    assert (measured.facts["cells"], measured.facts["trials"]) == (6, 9)
-    assert measured.figures["control plane's share of the slots' time"].at_most == MOST_SHARE
-    assert measured.figures["the driver's processor time a trial"].value > 0
-    # Each trial is set up and trained: 3 heads of one epoch, 6 branches of two.
-    assert len(measured.facts["steps_seconds"]) == 9 + 3 + 12

@@ -167,14 +167,6 @@ def test_five_averaged_copies_are_timed_on_steps_of_stage_2_alone() -> None:
         assert five < whole_five
 
 
-@pytest.mark.slow
-def test_sharing_is_measured_on_equal_bits() -> None:
-    told = figures("sharing")
-    assert told["cells with equal bits, share"].value == 1.0
-    assert told["gain in units, alone / shared"].value > 1.2
-    assert told["share of the gain in units, training"].at_least == 0.9
-
-
 def test_trials_that_overlap_are_no_measure_of_one_slot() -> None:
     trials = [TrialTimes(10.0, 12.0, 2), TrialTimes(12.5, 14.0, 2), TrialTimes(15.0, 16.0, 1)]
     assert pauses_between(trials) == (0.5, 1.0)
