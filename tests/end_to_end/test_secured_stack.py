@@ -33,7 +33,7 @@ from tests.studies_for_tests import ROOT, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-LONG = {**TINY, "strategy.tune_epochs": 4000}  # trains until it is stopped
+LONG = {**TINY, "strategy.tune_epochs": 4000, "stopping.patience": "null"}  # trains until it is stopped
 LISTING = """
 import json, sys
 from ray.util.state import list_actors, list_jobs, list_tasks
