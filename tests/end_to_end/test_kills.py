@@ -28,6 +28,7 @@ class Point:
         sign: a pattern; the moment has come when the storage has a file of it that was not there before.
         delay: seconds after that.
         victims: 'driver', 'worker' or 'both'.
+        missed: whole studies in which the sign was not seen.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Point:
     executor: str = "local"
     delay: float = 0.0
     victims: str = "driver"
+    missed: int = 0
 
 
 STAGES = [  # in the order of a study's life
@@ -65,10 +67,16 @@ def at_random(seed: int, length: float) -> list[Point]:
     return [Point(f"random {i}", None, name, draw.uniform(0.0, length)) for i, name in enumerate(executors)]
 
 
-def sooner(points: list[Point]) -> list[Point]:
-    """Points of which the first did not come in a whole study: a random one, since the machine is faster by now."""
-    assert points[0].sign is None, f"a whole study went by without a sign of {points[0].name}"
-    return [replace(points[0], delay=points[0].delay / 2), *points[1:]]
+def once_more(points: list[Point]) -> list[Point]:
+    """Points of which the first did not come in a whole study.
+
+    A random one comes sooner next time. Of what lasts for milliseconds a busy machine may let the sign go by unseen.
+    """
+    first = points[0]
+    if first.sign is None:
+        return [replace(first, delay=first.delay / 2), *points[1:]]
+    assert first.missed < 3, f"whole studies went by without a sign of {first.name}"
+    return [replace(first, missed=first.missed + 1), *points[1:]]
 
 
 class Story:
@@ -114,7 +122,7 @@ class Story:
             return
         kill([psutil.Process(self._launch.process.pid)] if self._launch.running else [])
         kill(workers if victims == "both" else [])
-        assert self._launch.leaves_nothing_behind(within=30), [p.cmdline() for p in self._launch.processes()]
+        assert self._launch.leaves_nothing_behind(within=90), [p.cmdline() for p in self._launch.processes()]
         self._launch = None
 
     def finish(self) -> dict[str, int]:
@@ -146,7 +154,7 @@ def test_a_study_killed_at_any_moment_ends_with_the_bits_of_an_undisturbed_one(
         story, number = Story(tmp_path / f"storage {number}"), number + 1
         try:
             missed = story.play(waiting)
-            waiting = missed if missed != waiting else sooner(missed)
+            waiting = missed if missed != waiting else once_more(missed)
             saved = story.finish()
         finally:
             story.end()
