@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from study.documents import Document, StudyError, flatten, read_document
+from study.documents import LARGEST_BYTES, Document, StudyError, flatten, read_document
 from study.layers import Choices
 from study.problems import Places, Problems
 from study.rows import Name
@@ -63,8 +63,11 @@ def find_joint(name: str) -> Path | None:
     if not os.path.isfile(name):  # noqa: PTH113 (Path raises for a name too long to be one)
         return None
     try:
+        with Path(name).open("rb") as file:
+            if b"studies" not in file.read(LARGEST_BYTES):
+                return None  # without reading as YAML what will be read as a study's
         document = read_document(Path(name)).document
-    except StudyError:
+    except (StudyError, OSError):
         return None
     return Path(name) if "studies" in document and "rows" not in document else None
 
