@@ -168,10 +168,11 @@ def test_jsrt_folders_give_structures_names_and_labels(tmp_path: Path) -> None:
     assert masks.read("other").sum((1, 2)).tolist() == [32, 32], "of any brightness"
 
 
-def test_images_and_masks_of_a_folder_may_be_of_other_formats(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".bmp", ".jp2", ".pgm", ".tif", ".webp"])
+def test_images_and_masks_of_a_folder_may_be_of_other_formats(suffix: str, tmp_path: Path) -> None:
     root = make_jsrt(tmp_path, ["JPCLN001", "JPCNN002"])
     for path in (root / "images" / "JPCLN001.png", root / "masks" / "heart" / "JPCNN002.png"):
-        Image.open(path).save(path.with_suffix(".bmp"))
+        Image.open(path).save(path.with_suffix(suffix))
         path.unlink()
     settings = DatasetSettings(name="jsrt", root=str(root))
     table, masks = read_table(settings).usable(), read_masks(settings)
