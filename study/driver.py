@@ -17,7 +17,7 @@ from rich.console import Console
 
 from analysis.schema import StudyHeader, Units
 from analysis.tracking import LedgerError
-from study.chains import Chain, the_task
+from study.chains import Chain
 from study.declare import (
     cell_headers,
     counted_units,
@@ -31,6 +31,7 @@ from study.declare import (
 from study.documents import StudyError
 from study.executors import Executor, LocalExecutor
 from study.interrupts import Halt, StudyHaltedError, answered_signals
+from study.joint_schedule import JointListener, JointSchedule
 from study.ledger import Ledger
 from study.ledger_entries import CellHeader, CellOutcome, Epoch, RowHeader
 from study.ledger_writer import LedgerWriter
@@ -73,22 +74,38 @@ class Launched(NamedTuple):
 def run_plan(
     plan: Plan, options: RunOptions, console: Console, begin: Callable[..., Session] | None = None
 ) -> Launched:
-    """Run what is missing and bring the ledger up to date.
+    """Run what is missing of a study, see `run_plans`.
 
     Args:
         begin: makes the session, with the arguments of `Session`; for studies that grow.
+    """
+    (launched,) = run_plans([plan], options, console, begin)
+    return launched
+
+
+def run_plans(
+    plans: Sequence[Plan], options: RunOptions, console: Console, begin: Callable[..., Session] | None = None
+) -> list[Launched]:
+    """Run what is missing of studies, their trials beside each other, and bring the ledger up to date.
+
+    Args:
+        plans: alike in what they give a trial, and in whether they share (see `study.joint_schedule.lots_of`).
+        begin: makes a session, with the arguments of `Session`.
 
     Raises:
-        StudyError: the data, storage or cluster cannot be used, or another driver runs the study; nothing was trained.
+        StudyError: the data, storage or cluster cannot be used, or another driver runs a study; nothing was trained.
         LedgerError: the ledger cannot be used; nothing was trained.
         StudyHaltedError: storage or ledger failed on the way; nothing that was finished is lost.
         Interrupted: SIGINT or SIGTERM; nothing that was finished is lost.
     """
-    store = Store(options.storage, caches=plan.sharing)
+    store = Store(options.storage, caches=plans[0].sharing)
     halt = Halt()
-    with _claimed_everywhere(store, plan.study.name, options.command, halt), answered_signals():
+    with ExitStack() as claims:
+        for plan in plans:
+            claims.enter_context(_claimed_everywhere(store, plan.study.name, options.command, halt))
+        claims.enter_context(answered_signals())
         try:
-            return _run(plan, options, store, console, halt, begin or Session)
+            return _run(plans, options, store, console, halt, begin or Session)
         except KeyboardInterrupt:
             if halt.reason is None:
                 raise
@@ -109,38 +126,67 @@ def _claimed_everywhere(store: Store, study: str, command: str, halt: Halt) -> I
 
 
 def _run(
-    plan: Plan, options: RunOptions, store: Store, console: Console, halt: Halt, begin: Callable[..., Session]
-) -> Launched:
+    plans: Sequence[Plan],
+    options: RunOptions,
+    store: Store,
+    console: Console,
+    halt: Halt,
+    begin: Callable[..., Session],
+) -> list[Launched]:
     store.sweep()
     # A ledger that was named is tried first: a wrong address must not be told after hours of decoding images.
-    named = None if options.tracking_uri is None else Ledger(options.tracking_uri, _artifacts(options, store))
-    if (pending := pending_schedule(plan, store.address)).nodes:
-        require_disk(plan, store)
-        _executor(plan, options, store).check(pending, store)  # also before hours of decoding
+    uri, artifacts = options.tracking_uri, _artifacts(options, store)
+    ledgers = [] if uri is None else [Ledger(uri, artifacts) for _ in plans]
+    if (pending := _together([pending_schedule(plan, store.address) for plan in plans])).nodes:
+        require_disk(plans, store)
+        _executor(plans[0], options, store).check(pending, store)  # also before hours of decoding
     store.bring_splits()
-    contents = prepare_data(plan, store, console)
-    prepare_away(plan, store, console)
+    contents: dict[str, str] = {}
+    for plan in plans:
+        contents |= prepare_data(plan, store, console)
+        prepare_away(plan, store, console)
     store.share_splits()
-    if named is None and store.address.uri is not None:
-        console.print(_own_ledger(store), highlight=False, markup=False, soft_wrap=True)
-    ledger = named or Ledger(store.default_tracking_uri(), store.artifacts())
+    if uri is None:
+        if store.address.uri is not None:
+            console.print(_own_ledger(store), highlight=False, markup=False, soft_wrap=True)
+        ledgers = [Ledger(store.default_tracking_uri(), artifacts) for _ in plans]
     say = partial(console.print, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    session = begin(plan, store, ledger, contents, options.command, say=say, halt=halt)
-    session.open()
-    try:
-        schedule = session.schedule()
-        if schedule.nodes:
-            with Progress(console, schedule, the_task(plan.study).main_metric) as progress:
-                session.watch(schedule, progress)
-                _executor(plan, options, store, session.known).run(schedule, store, session)
-        header, complete = session.close()
-    except Exception as error:
-        if (halted := _halted(error, store)) is None:
-            raise
-        raise halted from error
-    finally:
-        session.abandon()
-    return Launched(header, complete, ledger.ui_path())
+    sessions = [
+        begin(plan, store, ledger, contents, options.command, say=say, halt=halt)
+        for plan, ledger in zip(plans, ledgers, strict=True)
+    ]
+    with ExitStack() as farewell:
+        for session in sessions:
+            session.open()
+            farewell.callback(session.abandon)
+        try:
+            _train(plans, sessions, options, store, console)
+            # What a session sets in the environment is taken back in the opposite order.
+            ended = [session.close() for session in reversed(sessions)][::-1]
+        except Exception as error:
+            if (halted := _halted(error, store)) is None:
+                raise
+            raise halted from error
+    return [Launched(*end, session.ui_path()) for end, session in zip(ended, sessions, strict=True)]
+
+
+def _train(
+    plans: Sequence[Plan], sessions: Sequence[Session], options: RunOptions, store: Store, console: Console
+) -> None:
+    """Run the trials that are left."""
+    schedule = _together([session.schedule() for session in sessions])
+    if not schedule.nodes:
+        return
+    known = [result for session in sessions for result in session.known]
+    by_study = {plan.study.name: session for plan, session in zip(plans, sessions, strict=True)}
+    with Progress(console, schedule) as progress:
+        for session in sessions:
+            session.watch(progress)
+        _executor(plans[0], options, store, known).run(schedule, store, JointListener(by_study))
+
+
+def _together(schedules: Sequence[Schedule]) -> Schedule:
+    return schedules[0] if len(schedules) == 1 else JointSchedule(schedules)
 
 
 def _halted(reason: Exception, store: Store) -> StudyHaltedError | None:
@@ -194,7 +240,6 @@ class Session:
         self._failed: dict[str, tuple[Chain, str]] = {}
         self._cache_readers: dict[tuple[str, int], set[Node]] = {}  # identity and position → trials that will read it
         self._progress: Progress | None = None
-        self._schedule: Schedule | None = None
 
     @property
     def results(self) -> dict[str, CellResult]:
@@ -216,17 +261,17 @@ class Session:
     def schedule(self) -> Schedule:
         """Trials of the cells that have no result yet."""
         pending = [chain for chain in self._plan.chains if chain.key not in self._results]
-        self._schedule = Schedule(self._plan, pending, self._has_result, self._store.has_state)
+        schedule = Schedule(self._plan, pending, self._has_result, self._store.has_state)
         for cache in self._plan.caches:
             if not cache.pooled:
                 users = set(cache.users)
-                readers = {n for n in self._schedule.nodes if not users.isdisjoint(n.request.keys[n.request.first :])}
+                readers = {n for n in schedule.nodes if not users.isdisjoint(n.keys[n.first :])}
                 self._cache_readers[cache.identity, cache.position] = readers
-        return self._schedule
+        return schedule
 
-    def watch(self, schedule: Schedule, progress: Progress) -> None:
+    def watch(self, progress: Progress) -> None:
         """Show what happens from now on."""
-        self._schedule, self._progress = schedule, progress
+        self._progress = progress
 
     # -- Listener -----------------------------------------------------------------------------------------------------
 
@@ -285,6 +330,10 @@ class Session:
         header = self._header(units)
         self._ledger.close(header)
         return header, len(results) == len(self._plan.chains)
+
+    def ui_path(self) -> str:
+        """Where the MLflow UI shows the study, below its server's address."""
+        return self._ledger.ui_path()
 
     def abandon(self) -> None:
         """Let go of the ledger within seconds; after `close` there is nothing left to do."""
@@ -393,5 +442,5 @@ def _check_scratch() -> None:
 
 
 def _artifacts(options: RunOptions, store: Store) -> Path | None:
-    local = options.tracking_uri is not None and options.tracking_uri.startswith("sqlite:")
+    local = options.tracking_uri is None or options.tracking_uri.startswith("sqlite:")
     return store.artifacts() if local else None

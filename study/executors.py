@@ -211,12 +211,13 @@ class Worker:
         raise MemoryRefusedError(refused)
 
     def _begin(self, request: TrialRequest) -> Trial:
-        from trainables.device import release_memory
+        from trainables.device import release_memory, settle
         from trainables.results import TrainingError
         from trainables.trial import Trial
 
         release_memory()  # of the trial before
         task, provenance = self._bench.task(request.settings)
+        settle(request.settings.task)
         if request.index and provenance["index_digest"] != request.index:
             raise TrainingError(
                 f"{request.settings.dataset.name}: its table or split on {socket.gethostname()} is not the one that "

@@ -75,7 +75,7 @@ class GrowingSchedule(Schedule):
 
     def add(self, plan: Plan, chains: Sequence[Chain]) -> None:
         """Add trials for cells that see one trajectory, or one each where nothing is shared."""
-        self._plan = plan
+        self.plan = plan
         by_leaf: dict[str, list[Chain]] = {}
         for chain in chains:
             by_leaf.setdefault(chain.leaf, []).append(chain)
@@ -91,7 +91,7 @@ class GrowingSchedule(Schedule):
     def _add_trajectory(self, plan: Plan, users: Sequence[Chain]) -> None:
         chain = users[0]
         parent = self._head(plan, users)
-        reached = max((epoch for epoch, key in enumerate(chain.keys, start=1) if self._has_state(key)), default=0)
+        reached = max((epoch for epoch, key in enumerate(chain.keys, start=1) if self.has_state(key)), default=0)
         first = chain.cell.settings.strategy.head_epochs
         added = []
         for last in [*self._rungs(chain), len(chain.keys)]:
@@ -107,7 +107,7 @@ class GrowingSchedule(Schedule):
             self._offer(head)  # at its new rank
 
     def _stage(self, plan: Plan, users: Sequence[Chain], parent: Node | None, first: int, last: int) -> Node:
-        node = make_node(plan, users[0], users, parent, first, last)
+        node = make_node(plan, users, parent, first, last)
         if last < len(users[0].keys):
             node.request = replace(node.request, keep=node.request.keep | {node.request.keys[-1]})
         return node
@@ -117,11 +117,11 @@ class GrowingSchedule(Schedule):
         chain = users[0]
         epochs = chain.cell.settings.strategy.head_epochs
         key = chain.keys[epochs - 1]
-        if self._has_state(key):
+        if self.has_state(key):
             return None
         node = self._heads.get(key)
         if node is None or node.status == "failed":
-            node = make_node(plan, chain, users, None, 0, epochs)
+            node = make_node(plan, users, None, 0, epochs)
             self._heads[key] = node
             self._enter([node])
         else:

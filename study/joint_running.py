@@ -1,4 +1,4 @@
-"""What `launch.py` does with a joint study: plan and check all its studies, run them in turn, report them together."""
+"""What `launch.py` does with a joint study: plan and check all its studies, run them, report them together."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from study.running import (
     prepared,
     report_at,
     require_images,
-    run_planned,
+    run_together,
     say_where,
 )
 
 if TYPE_CHECKING:
     from analysis.records import StudyRecords
+    from study.driver import Launched
     from study.layers import Choices
     from study.plan import Plan
 
@@ -40,7 +41,10 @@ def run_or_plan(path: Path, choices: Choices, launch: Launch, *, plan_only: bool
 
 
 def run_joint(joint: JointStudy, launch: Launch) -> int:
-    """Run what is missing of all studies, one after another, and show their tables side by side.
+    """Run what is missing of all studies, and show their tables side by side.
+
+    Trials of studies that have nothing in common run beside each other, so that no slot waits for a study's last
+    trial; in this process, which has one slot, and where one study begins as another one does, studies run in turn.
 
     Returns:
         exit status: 0 every cell of every study has finished, 1 some have not.
@@ -50,19 +54,22 @@ def run_joint(joint: JointStudy, launch: Launch) -> int:
     """
     console = Console(stderr=launch.as_json)
     with prepared(launch, console):
+        from study.joint_schedule import lots_of
+
         plans = _plans(joint, launch, download=True)
         _require_all_images(plans)
         plans = _prepare(plans, launch, console)
-        complete, at = True, ""
-        for number, plan in enumerate(plans, 1):
-            heading = f"{number}/{len(plans)} {plan.study.name}: {plan.study.title}"
-            console.print(heading, style="bold", highlight=False, markup=False)
-            launched = run_planned(plan, replace(launch, as_json=False), console)
-            complete, at = complete and launched.complete, launched.ui_path
+        ended: list[Launched] = []
+        for lot in [[plan] for plan in plans] if launch.executor == "local" else lots_of(plans):
+            for number, plan in enumerate(lot, len(ended) + 1):
+                heading = f"{number}/{len(plans)} {plan.study.name}: {plan.study.title}"
+                console.print(heading, style="bold", highlight=False, markup=False)
+            ended += run_together(lot, replace(launch, as_json=False), console)
+        complete = all(launched.complete for launched in ended)
         report = write_joint(joint, launch, console)
     if launch.as_json:
         print(json.dumps({"report": str(report), "complete": complete}))
-    say_where(launch, at, console)
+    say_where(launch, ended[-1].ui_path, console)
     return 0 if complete else FAILED
 
 

@@ -108,6 +108,7 @@ class Ledger:
     """
 
     PATIENCE_S: float = LOCK_PATIENCE_S
+    END_PATIENCE_S: float = 300.0  # of a study that is trained, and waits for nothing but a server that starts again
 
     def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
         """Connect, and create the database of a local store that has none.

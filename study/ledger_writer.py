@@ -38,7 +38,7 @@ class LedgerWriter:
     """A `Ledger` whose calls return at once; its failures reach `halt`, from the writing thread.
 
     `open` waits as the ledger does, so that a study without a usable ledger never starts; `close` waits until all is
-    written, or until nothing could be written for the ledger's `PATIENCE_S`.
+    written, or until nothing could be written for the ledger's `END_PATIENCE_S`.
     """
 
     def __init__(self, ledger: Ledger, say: Callable[[str], None], halt: Callable[[Exception], None]) -> None:
@@ -52,14 +52,14 @@ class LedgerWriter:
         self._ledger = ledger
         self._say = say
         self._halt = halt
-        self._patience_s = ledger.PATIENCE_S
+        self._patience_s = ledger.END_PATIENCE_S
         self._environment = ExitStack()
         self._thread = threading.Thread(target=self._run, name="ledger writer", daemon=True)
         self._flushed_at = time.monotonic()
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._waiting: deque[Write] = deque()
-        self._ending = False
+        self._ending = self._away = False
         self._give_up_s: float | None = None  # seconds without a write after which it stops trying; None: never
         self._error: Exception | None = None
         self._written_at = time.monotonic()
@@ -113,7 +113,8 @@ class LedgerWriter:
             LedgerError: the ledger stayed away, or refused; says that nothing is lost.
         """
         self._put(lambda: self._ledger.close(header))
-        self._end(self._patience_s)
+        if self._end(self._patience_s):
+            self._say(f"all is trained; waiting up to {self._patience_s:.0f} s for the ledger")
         while self._thread.is_alive() and self._silence_s() < self._patience_s + ANSWER_S:
             self._thread.join(timeout=0.1)
         if self._thread.is_alive():
@@ -141,12 +142,13 @@ class LedgerWriter:
             self._waiting.append(write)
             self._changed.notify_all()
 
-    def _end(self, patience_s: float) -> None:
-        """Let the thread end once all is written, or nothing could be for `patience_s`."""
+    def _end(self, patience_s: float) -> bool:
+        """Let the thread end once all is written, or nothing could be for `patience_s`; whether the ledger is away."""
         with self._changed:
             self._ending, self._give_up_s = True, patience_s
             self._written_at = time.monotonic()
             self._changed.notify_all()
+            return self._away
 
     def _silence_s(self) -> float:
         with self._changed:
@@ -188,6 +190,8 @@ class LedgerWriter:
             except LedgerAwayError as error:
                 if away_since is None:
                     away_since = time.monotonic()
+                    with self._changed:
+                        self._away = True
                     self._say(f"the ledger is away ({error.reason}): training goes on, records wait for it")
                 if self._given_up():
                     raise
@@ -196,7 +200,7 @@ class LedgerWriter:
             else:
                 break
         with self._changed:
-            self._written_at, waiting = time.monotonic(), len(self._waiting)
+            self._written_at, self._away, waiting = time.monotonic(), False, len(self._waiting)
         if away_since is not None:
             self._say(f"the ledger is back after {self._written_at - away_since:.0f} s; {waiting} records were waiting")
 

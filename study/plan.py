@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,19 @@ class Plan:
 
     def cache_positions(self, identity: str) -> tuple[int, ...]:
         """Positions worth caching under an identity."""
-        return tuple(sorted(c.position for c in self.caches if c.identity == identity))
+        return tuple(sorted(self._cached.get(identity, ())))
 
-    def epoch_units(self, chain: Chain) -> list[int]:
+    def epoch_units(self, chain: Chain) -> tuple[int, ...]:
         """Training units that this plan will spend on each epoch of a cell."""
-        return list(chain.course.units(frozenset(self.cache_positions(chain.cache_identity))))
+        return chain.course.units(self._cached.get(chain.cache_identity, frozenset()))
+
+    @cached_property
+    def _cached(self) -> dict[str, frozenset[int]]:
+        """Identity → positions that are cached."""
+        positions: dict[str, set[int]] = defaultdict(set)
+        for wanted in self.caches:
+            positions[wanted.identity].add(wanted.position)
+        return {identity: frozenset(kept) for identity, kept in positions.items()}
 
     def as_json(self) -> dict[str, Any]:
         """What `--plan --json` prints."""

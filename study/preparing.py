@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from trainables.tasks import TASKS
 PLAIN_SECONDS = 30.0  # without a terminal: between two lines on how far decoding has come
 
 
-def require_disk(plan: Plan, store: Store) -> None:
-    """Refuse a study that its storage has no room for: a full disk must not be met after days.
+def require_disk(plans: Sequence[Plan], store: Store) -> None:
+    """Refuse studies that their storage has no room for: a full disk must not be met after days.
 
     What lies in the storage already counts as this study's, so that no study is refused for what it has written.
 
@@ -35,7 +35,7 @@ def require_disk(plan: Plan, store: Store) -> None:
         StudyError: with what is wanted and what is free.
     """
     free = shutil.disk_usage(store.root).free
-    needed = plan.disk_bytes if store.address.uri is None else plan.cache_bytes
+    needed = sum(plan.disk_bytes if store.address.uri is None else plan.cache_bytes for plan in plans)
     if needed <= free:
         return
     wanted = needed - _written(store.root)

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from study.chains import the_task
 from study.schedule import Node, Schedule
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ MEASURED = 0.05  # of the units: before, set-up and caches take the time, and an
 class Progress:
     """Trials done, running and failed, the epoch and metric of each running one, and the time left."""
 
-    def __init__(self, console: Console, schedule: Schedule, metric: str) -> None:
+    def __init__(self, console: Console, schedule: Schedule) -> None:
         self._console = console
         self._schedule = schedule
-        self._metric = metric
+        self._metrics = {study.name: the_task(study).main_metric for study in schedule.studies}
         self._running: dict[Node, EpochRecord | None] = {}
         self._started = time.monotonic()
         self._done_units = 0.0
@@ -55,8 +56,8 @@ class Progress:
     def epoch(self, node: Node, record: EpochRecord) -> None:
         """A trial has finished an epoch."""
         self._running[node] = record
-        length = node.request.last - node.request.first
-        if record.epoch > node.request.first:
+        length = node.last - node.first
+        if record.epoch > node.first:
             self._done_units += node.units / length
             self._epochs[node] = self._epochs.get(node, 0) + 1
         for event in record.events:
@@ -66,7 +67,7 @@ class Progress:
 
     def finished(self, node: Node) -> None:
         """A trial has ended well; epochs that early stopping left out need no time."""
-        length = node.request.last - node.request.first
+        length = node.last - node.first
         self._done_units += node.units * (length - self._epochs.get(node, 0)) / length
         self._close(node)
 
@@ -83,7 +84,7 @@ class Progress:
     def _close(self, node: Node) -> None:
         self._running.pop(node, None)
         if not self._console.is_terminal:
-            self._plain(f"{self._summary()} · ended: {_short(node)}")
+            self._plain(f"{self._summary()} · ended: {self._short(node)}")
 
     def _say(self, text: str, style: str) -> None:
         self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
@@ -126,17 +127,18 @@ class Progress:
         return grid
 
     def _line(self, node: Node, record: EpochRecord | None) -> str:
-        name = _short(node)
+        name = self._short(node)
         if record is None:
             return f"  {name}: no epoch yet"
-        value = record.metrics.get(f"val/raw/{self._metric}")
-        shown = "" if value is None else f", val {self._metric} {value:.3f}"
-        return f"  epoch {record.epoch}/{node.request.last}{shown}  {name}"
+        metric = self._metrics[node.plan.study.name]
+        value = record.metrics.get(f"val/raw/{metric}")
+        shown = "" if value is None else f", val {metric} {value:.3f}"
+        return f"  epoch {record.epoch}/{node.last}{shown}  {name}"
 
-
-def _short(node: Node) -> str:
-    """A trial without its study and its epochs."""
-    return node.name.split(": ", 1)[-1].split(" · epochs")[0]
+    def _short(self, node: Node) -> str:
+        """A trial without its epochs, and without its study where there is one alone."""
+        name = node.name.split(" · epochs")[0]
+        return name.split(": ", 1)[-1] if len(self._metrics) == 1 else name
 
 
 def _clock(seconds: float) -> str:

@@ -79,7 +79,7 @@ class RayExecutor:
         """See `study.executors.Executor`: the cluster answers, has room for a trial, and its nodes see what we see."""
         if self._address is None:
             return
-        with cluster(self._address, schedule.study, verbose=self._verbose):
+        with cluster(self._address, schedule.studies, verbose=self._verbose):
             self._require_room()
             survey(schedule, store, self._resources)
             self._require_room()  # nodes may have died meanwhile
@@ -91,7 +91,7 @@ class RayExecutor:
             StudyError: the cluster cannot be reached, or no node of it can hold a trial.
         """
         with (
-            cluster(self._address, schedule.study, verbose=self._verbose),
+            cluster(self._address, schedule.studies, verbose=self._verbose),
             _dead_actors_are_known() as errors,
             named_tasks(),
         ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +89,17 @@ def run_to_table(declared: Study, launch: Launch, console: Console) -> Launched:
 
 def run_planned(planned: Plan, launch: Launch, console: Console) -> Launched:
     """Run a plan whose images are there, within `prepared`, and show its table."""
-    from study.driver import run_plan
+    (launched,) = run_together([planned], launch, console)
+    return launched
 
-    launched = run_plan(planned, run_options(launch), console)
-    _conclude(planned, launch, console)
+
+def run_together(plans: Sequence[Plan], launch: Launch, console: Console) -> list[Launched]:
+    """Run plans beside each other, see `study.driver.run_plans`, and show their tables."""
+    from study.driver import run_plans
+
+    launched = run_plans(plans, run_options(launch), console)
+    for plan in plans:
+        _conclude(plan, launch, console)
     return launched
 
 

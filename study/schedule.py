@@ -11,11 +11,12 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from study.chains import Chain
-from study.plan import Plan
+from study.plan import Plan, uncollected
 from study.spec import Study
 from trainables.requests import CacheRequest, TrialRequest, Watch
 
@@ -35,14 +36,17 @@ class Node:
 
     Attributes:
         chains: pending cells at or below it.
+        first, last: epochs completed before and after it.
         path: training units from its start to the end of its longest branch.
         pruned: its trajectory was ended after it, at a rung of a search.
         place: where it was trained last, if that is known.
     """
 
-    request: TrialRequest
+    plan: Plan = field(repr=False)
     parent: Node | None
     chains: tuple[Chain, ...]
+    first: int
+    last: int
     units: int
     path: int = 0
     children: list[Node] = field(default_factory=list)
@@ -51,6 +55,24 @@ class Node:
     error: str | None = None
     place: str | None = None
 
+    def __post_init__(self) -> None:
+        self._users = self.chains  # cells that are added later find what it leaves, and ask nothing more of it
+
+    @cached_property
+    def request(self) -> TrialRequest:
+        """What its worker is asked for; made when it is needed, which a plan of thousands of trials never does."""
+        return _request(self.plan, self._users, self.first, self.last)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the states after each epoch up to its end."""
+        return self._users[0].keys[: self.last]
+
+    @property
+    def head_epochs(self) -> int:
+        """Length of the head stage of its trajectory."""
+        return self._users[0].cell.settings.strategy.head_epochs
+
     @property
     def name(self) -> str:
         """Shown in dashboards and messages."""
@@ -58,7 +80,12 @@ class Node:
 
 
 class Schedule:
-    """Trials of the pending cells of a plan."""
+    """Trials of the pending cells of a plan.
+
+    Attributes:
+        plan: as it was last known.
+        has_result, has_state: whether a cell's result is stored, and the state of a key.
+    """
 
     def __init__(
         self,
@@ -69,9 +96,9 @@ class Schedule:
     ) -> None:
         """Build the tree; trials whose final state is there and that no observer watches yet are done already."""
         self.nodes: list[Node] = []
-        self._plan = plan
-        self._has_result = has_result
-        self._has_state = has_state
+        self.plan = plan
+        self.has_result = has_result
+        self.has_state = has_state
         self._counts: Counter[Status] = Counter()
         self._order: dict[Node, int] = {}  # of the table
         self._ready: list[tuple[float, int, int, Node]] = []  # a heap; see `_offer`
@@ -80,15 +107,19 @@ class Schedule:
         self._lies_at: dict[str, set[str]] = defaultdict(set)  # place → identities of caches that were read there
         nodes = _nodes(plan, pending)
         for node in nodes:
-            head_epochs = node.request.settings.strategy.head_epochs
-            if node.request.last <= head_epochs and has_state(node.request.keys[-1]) and node.children:
+            if node.last <= node.head_epochs and node.children and has_state(node.keys[-1]):
                 node.status = "skipped"
         self._enter(nodes)
 
     @property
-    def study(self) -> Study:
+    def parts(self) -> Sequence[Schedule]:
+        """The schedule of each study whose trials these are."""
+        return (self,)
+
+    @property
+    def studies(self) -> Sequence[Study]:
         """Whose trials these are."""
-        return self._plan.study
+        return [part.plan.study for part in self.parts]
 
     def next(self, place: str | None = None) -> Node | None:
         """The ready trial with the longest remaining path, now running; None if none is ready.
@@ -116,7 +147,7 @@ class Schedule:
 
     def failed(self, node: Node, error: str) -> tuple[Chain, ...]:
         """A trial cannot be finished; its pending cells fail with it, siblings go on."""
-        lost = tuple(chain for chain in node.chains if not self._has_result(chain))
+        lost = tuple(chain for chain in node.chains if not self.has_result(chain))
         for descendant in _below(node):
             self._mark(descendant, "failed")
             descendant.error = error
@@ -133,10 +164,10 @@ class Schedule:
         units: dict[str, int] = {}
         for node in self.nodes:
             if node.status == "waiting":
-                first, last = self._starts(node), node.request.last
-                epochs = self._plan.epoch_units(node.chains[0])[first:last]
-                units |= zip(node.request.keys[first:], epochs, strict=True)
-        caches = sum(c.build_units for c in self._plan.caches if not units.keys().isdisjoint(c.users))
+                first, last = self._starts(node), node.last
+                epochs = self.plan.epoch_units(node.chains[0])[first:last]
+                units |= zip(node.keys[first:], epochs, strict=True)
+        caches = sum(c.build_units for c in self.plan.caches if not units.keys().isdisjoint(c.users))
         return sum(units.values()) + caches
 
     @property
@@ -152,6 +183,11 @@ class Schedule:
     def count(self, *statuses: Status) -> int:
         """Number of trials in any of the statuses."""
         return sum(self._counts[status] for status in statuses)
+
+    def recount(self, before: Status, after: Status) -> None:
+        """A trial has gone from one status to another."""
+        self._counts[before] -= 1
+        self._counts[after] += 1
 
     def rank(self, node: Node) -> float:
         """Of ready trials the one with the highest goes first: the longest remaining path, in training units."""
@@ -169,8 +205,7 @@ class Schedule:
             self._offer(node)
 
     def _mark(self, node: Node, status: Status) -> None:
-        self._counts[node.status] -= 1
-        self._counts[status] += 1
+        self.recount(node.status, status)
         node.status = status
 
     def _offer(self, node: Node) -> None:
@@ -208,18 +243,18 @@ class Schedule:
 
     def _starts(self, node: Node) -> int:
         """Epochs that a trial need not train: those before it, and a stored head stage, which serves any observer."""
-        request = node.request
-        head_epochs = request.settings.strategy.head_epochs
-        stored = request.last >= head_epochs and self._has_state(request.keys[head_epochs - 1])
-        return max(request.first, head_epochs if stored else 0)
+        head_epochs = node.head_epochs
+        stored = node.last >= head_epochs and self.has_state(node.keys[head_epochs - 1])
+        return max(node.first, head_epochs if stored else 0)
 
     def _skip_if_resolved(self, node: Node) -> None:
-        if all(self._has_result(chain) for chain in node.chains):
+        if all(self.has_result(chain) for chain in node.chains):
             self._mark(node, "skipped")
             for child in node.children:
                 self._skip_if_resolved(child)
 
 
+@uncollected()
 def pending_schedule(plan: Plan, storage: Address | Path) -> Schedule:
     """What a launch over a storage would run; nothing is written, and a folder need not exist."""
     from study.store import kept_in, result_name, state_name
@@ -245,30 +280,43 @@ def _below(node: Node) -> Iterable[Node]:
 
 def _nodes(plan: Plan, pending: Sequence[Chain]) -> list[Node]:
     """Trials in table order, parents before children."""
-    followers: dict[str, set[str]] = defaultdict(set)
     through: dict[str, list[Chain]] = defaultdict(list)
     for chain in pending:
-        for before, key in zip(("", *chain.keys), chain.keys, strict=False):
-            followers[before].add(key)
+        for key in chain.keys:
             through[key].append(chain)
     nodes: dict[str, Node] = {}
     for chain in pending:
         parent, first = None, 0
         for epoch, key in enumerate(chain.keys, start=1):
-            if len(followers.get(key, ())) == 1 and epoch < len(chain.keys):
+            if epoch < len(chain.keys) and _all_go_on_alike(through, chain.keys[epoch - 1 : epoch + 1], epoch):
                 continue
             if key not in nodes:
-                nodes[key] = make_node(plan, chain, through[key], parent, first, epoch)
+                nodes[key] = make_node(plan, through[key], parent, first, epoch)
             parent, first = nodes[key], epoch
     for node in reversed(nodes.values()):
         node.path = node.units + max((child.path for child in node.children), default=0)
     return list(nodes.values())
 
 
-def make_node(plan: Plan, chain: Chain, users: Sequence[Chain], parent: Node | None, first: int, last: int) -> Node:
-    """A trial of epochs `first` + 1 to `last` of a chain, for the cells `users`; its parent gets it as a child."""
+def _all_go_on_alike(through: dict[str, list[Chain]], keys: tuple[str, ...], epoch: int) -> bool:
+    """Whether those that go on after an epoch have the next one in common; `keys`: of both."""
+    here, there = (through[key] for key in keys)
+    return len(here) == len(there) or len({chain.keys[epoch] for chain in here if len(chain.keys) > epoch}) == 1
+
+
+def make_node(plan: Plan, users: Sequence[Chain], parent: Node | None, first: int, last: int) -> Node:
+    """A trial of epochs `first` + 1 to `last`, for cells whose keys are equal up to there; its parent gets a child."""
+    chain = users[0]
+    node = Node(plan, parent, tuple(users), first, last, sum(plan.epoch_units(chain)[first:last]))
+    if parent is not None:
+        parent.children.append(node)
+    return node
+
+
+def _request(plan: Plan, users: Sequence[Chain], first: int, last: int) -> TrialRequest:
+    chain = users[0]
     keys = chain.keys[:last]
-    request = TrialRequest(
+    return TrialRequest(
         name=_name(plan, chain, users, first, last),
         settings=chain.cell.settings,
         seed=chain.cell.seed,
@@ -286,10 +334,6 @@ def make_node(plan: Plan, chain: Chain, users: Sequence[Chain], parent: Node | N
         mixed=plan.study.execution.allow_mixed,
         index=chain.material.index.digest(),
     )
-    node = Node(request, parent, tuple(users), sum(plan.epoch_units(chain)[first:last]))
-    if parent is not None:
-        parent.children.append(node)
-    return node
 
 
 def _kept(plan: Plan, chain: Chain, key: str, epochs: int) -> bool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -383,12 +384,23 @@ def kept_in(storage: Address | Path) -> Callable[[str], bool]:
     """
     address = Address.of(storage)
     if address.uri is None:
-        return lambda name: (address.folder / name).is_dir()
+        states = {state_name(state.name) for state in _folders(address.folder / "states")}
+        leaves = _folders(address.folder / "results")
+        return (
+            states | {f"results/{leaf.name}/{seen.name}" for leaf in leaves for seen in _folders(leaf)}
+        ).__contains__
     place = place_of(address)
     try:
         return {*place.bundles("states"), *place.bundles("results")}.__contains__
     except AwayError as error:
         raise StudyError([str(error)]) from error
+
+
+def _folders(path: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    try:
+        return [entry for entry in os.scandir(path) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def pictures_file(root: Path, study: str, dataset: str) -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import os
+from functools import cache
 
 import psutil
 import torch
@@ -103,6 +104,19 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@cache
+def settle(task: str) -> None:
+    """Leave what is there by now, modules above all, out of every later search for cycles: it stays for good.
+
+    Among the objects of torch and transformers such a search takes about half a second, at the start of every trial.
+
+    Args:
+        task: once for each, since each has its own libraries.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def memory_left(compute: Compute) -> str:

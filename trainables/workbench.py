@@ -13,21 +13,22 @@ ALL = os.cpu_count() or 1  # for images that a machine has to decode first: ever
 
 
 class Workbench:
-    """Builds tasks, and keeps the last data set open: most trials of a worker use the same."""
+    """Builds tasks, and keeps the last data set of each kind of task open: most trials of a worker use the same."""
 
     def __init__(self, folders: Folders) -> None:
         self._folders = folders
-        self._data: tuple[str, Data] | None = None
+        self._data: dict[str, tuple[str, Data]] = {}  # by task: studies of several may run beside each other
         self._away: tuple[str, Data] | None = None
 
     def data(self, settings: Settings) -> Data:
         """The data set of these settings."""
         at = settings.dataset.model_dump_json(exclude={"flips"})  # all views are of the same pixels
-        if self._data is None or self._data[0] != at:
+        opened = self._data.get(settings.task)
+        if opened is None or opened[0] != at:
             labels = TASKS[settings.task].labels_learnt
-            data = open_data(settings.dataset, self._folders, workers=ALL, labels_learnt=labels)
-            self._data = (at, data)
-        return self._data[1]
+            opened = at, open_data(settings.dataset, self._folders, workers=ALL, labels_learnt=labels)
+            self._data[settings.task] = opened
+        return opened[1]
 
     def task(self, settings: Settings) -> tuple[Task, dict[str, str]]:
         """The task, and the provenance of its images."""

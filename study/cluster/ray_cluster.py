@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +26,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is there, 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from study.cluster import node_survey
-from study.cluster.ray_dashboard import job_of
+from study.cluster.ray_dashboard import job_of, names_of
 from study.cluster.ray_environment import address_fault, sent_along, token_fault
 from study.cluster.ray_head import leave, watched
 from study.documents import StudyError
@@ -48,13 +48,13 @@ Resources = Mapping[str, float]
 
 
 @contextmanager
-def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[None]:
+def cluster(address: str | None, studies: Sequence[Study], *, verbose: bool) -> Iterator[None]:
     """Be connected to a cluster that others started, or to one of this machine's own that lives as long as the body.
 
     The latter listens on loopback alone. What is sent along shows in Ray's dashboard, so it holds no secret.
 
     Args:
-        study: whose job it is.
+        studies: whose job it is.
 
     Raises:
         StudyError: it cannot be reached or started; says why within seconds.
@@ -62,7 +62,7 @@ def cluster(address: str | None, study: Study, *, verbose: bool) -> Iterator[Non
     """
     environment = {"PYTHONPATH": str(PROJECT)} | sent_along(os.environ)
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": verbose}
-    options |= {"logging_level": logging.INFO if verbose else logging.ERROR, "job_config": job_of(study)}
+    options |= {"logging_level": logging.INFO if verbose else logging.ERROR, "job_config": job_of(studies)}
     if address is None:
         if fault := token_fault():
             raise StudyError([fault])
@@ -174,13 +174,14 @@ def survey(schedule: Schedule, store: Store, resources: Resources) -> None:
     encoders = dict.fromkeys(s.model.backbone for s in settings)
     cloudpickle.register_pickle_by_value(node_survey)  # the project may be missing there
     ask = ray.remote(num_cpus=0, max_retries=0)(node_survey.look)
+    studies = names_of(schedule.studies)
     faults: dict[str, list[str]] = {}
     with node_survey.wanted(store.address, data, encoders) as wanted:
         asked = {}
         for node in ray.nodes():
             if _room(node, resources):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                named = ask.options(scheduling_strategy=there, name=f"{schedule.study.name}: survey of {_name(node)}")
+                named = ask.options(scheduling_strategy=there, name=f"{studies}: survey of {_name(node)}")
                 asked[named.remote(wanted)] = node
         if not asked:
             return  # none yet: an autoscaler is to bring them

@@ -5,7 +5,8 @@ With `ray_executor`, `ray_cluster` and `ray_head` the only files that import ray
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,22 @@ STATUSES: tuple[Status, ...] = ("waiting", "running", "done", "skipped", "failed
 LONGEST = 500  # characters of a job's metadata: a search has as many rows as trials
 
 
-def job_of(study: Study) -> JobConfig:
-    """The job as the dashboard lists it: its metadata name the study, its rows and its seeds."""
+def job_of(studies: Sequence[Study]) -> JobConfig:
+    """The job as the dashboard lists it: its metadata name the study, or studies, their rows and seeds."""
     facts = {
-        "study": study.name,
-        "rows": "; ".join(row.name for row in study.rows),
-        "seeds": ", ".join(map(str, study.seeds)),
+        "study": names_of(studies),
+        "rows": "; ".join(dict.fromkeys(row.name for study in studies for row in study.rows)),
+        "seeds": ", ".join(dict.fromkeys(str(seed) for study in studies for seed in study.seeds)),
     }
-    job = JobConfig(ray_namespace=study.name)
+    job = JobConfig(ray_namespace=facts["study"])
     for name, text in facts.items():
         job.set_metadata(name, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…")
     return job
+
+
+def names_of(studies: Sequence[Study]) -> str:
+    """Name of a study, or of several that run together."""
+    return " + ".join(study.name for study in studies)
 
 
 @contextmanager
@@ -94,12 +100,9 @@ class Measured:
         """Wrap a listener; a cluster must be connected."""
         self._listener = listener
         self._schedule = schedule
-        tags = {"study": schedule.study.name}
         self._trials = Gauge("spft_trials", "Trials of the study by status.", tag_keys=("study", "status"))
         self._units = Gauge("spft_units", "Training units of this launch: planned, and done.", ("study", "kind"))
         self._epochs = Counter("spft_epochs", "Epochs trained by this launch.", ("study",))
-        for metric in (self._trials, self._units, self._epochs):
-            metric.set_default_tags(tags)
         self._done: dict[Node, float] = {}
         self._tell()
 
@@ -111,9 +114,9 @@ class Measured:
     def epoch(self, node: Node, record: EpochRecord) -> None:
         """See `study.executors.Listener`."""
         self._listener.epoch(node, record)
-        first, last = node.request.first, node.request.last
+        first, last = node.first, node.last
         if record.epoch > first:
-            self._epochs.inc()
+            self._epochs.inc(tags={"study": node.plan.study.name})
             self._done[node] = node.units * (record.epoch - first) / (last - first)
         self._tell()
 
@@ -134,7 +137,12 @@ class Measured:
         self._tell()
 
     def _tell(self) -> None:
-        for status in STATUSES:
-            self._trials.set(self._schedule.count(status), {"status": status})
-        self._units.set(self._schedule.total_units, {"kind": "planned"})
-        self._units.set(sum(self._done.values()), {"kind": "done"})
+        done: dict[str, float] = defaultdict(float)
+        for node, units in self._done.items():
+            done[node.plan.study.name] += units
+        for part in self._schedule.parts:
+            study = part.plan.study.name
+            for status in STATUSES:
+                self._trials.set(part.count(status), {"study": study, "status": status})
+            self._units.set(part.total_units, {"study": study, "kind": "planned"})
+            self._units.set(done[study], {"study": study, "kind": "done"})

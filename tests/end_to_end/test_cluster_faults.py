@@ -133,7 +133,7 @@ from study.cluster.ray_cluster import cluster
 from study.spec import Choices, find_study, load_study
 
 study = load_study(find_study("ablation"), Choices())
-with answered_signals(), cluster(sys.argv[1], study, verbose=False):
+with answered_signals(), cluster(sys.argv[1], [study], verbose=False):
     print("connected", flush=True)
     while True:
         ray.nodes()

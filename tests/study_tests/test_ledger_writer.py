@@ -206,8 +206,9 @@ def test_a_lock_beyond_sqlites_own_patience_is_said_once_and_so_is_its_end(uri: 
 def test_at_the_end_the_ledger_is_waited_for_as_long_as_its_patience(uri: str) -> None:
     sample = Sample()
     ledger = Ledger(uri)
-    ledger.PATIENCE_S = 1
-    writer = LedgerWriter(ledger, lambda line: None, failed)
+    said: list[str] = []
+    ledger.END_PATIENCE_S = 1
+    writer = LedgerWriter(ledger, said.append, failed)
     writer.open(sample.header(), sample.row_headers(), sample.cell_headers())
     with locked(uri, 80):
         tell(writer, sample)
@@ -216,6 +217,8 @@ def test_at_the_end_the_ledger_is_waited_for_as_long_as_its_patience(uri: str) -
             writer.close(sample.header(executed=58))
         assert time.monotonic() - before < 60
     assert "end the process that locks its database" in str(caught.value)
+    assert said[0].startswith("the ledger is away (")
+    assert said[1:] in ([], ["all is trained; waiting up to 1 s for the ledger"])  # where it was known before the end
 
 
 # ------------------------------------------------------------------------------------------ signals and the study's end

@@ -31,9 +31,9 @@ def test_what_a_study_has_written_already_is_not_asked_for_again(tmp_path: Path)
         for _ in range(300):
             file.write(b"x" * 10**6)
     plan = dataclasses.replace(planned(tmp_path, document()), disk_bytes=shutil.disk_usage(tmp_path).free + 15 * 10**7)
-    require_disk(plan, store)
+    require_disk([plan], store)
     with pytest.raises(StudyError):
-        require_disk(plan, empty)
+        require_disk([plan], empty)
 
 
 def test_decoding_is_told_in_a_terminal_as_a_bar_and_in_a_log_by_lines(

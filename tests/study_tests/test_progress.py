@@ -60,7 +60,7 @@ def finish(schedule: Schedule, progress: Progress, node: Node) -> None:
 
 def test_a_log_gets_a_whole_line_for_every_trial_that_ends(schedule: Schedule, clock: list[float]) -> None:
     out = io.StringIO()
-    with Progress(Console(file=out, width=80), schedule, "macro_auc") as progress:
+    with Progress(Console(file=out, width=80), schedule) as progress:
         for _ in schedule.nodes:
             clock[0] += 5
             finish(schedule, progress, take(schedule, progress))
@@ -77,7 +77,7 @@ def test_a_log_hears_of_a_long_trial_twice_a_minute_and_not_of_every_epoch(
     schedule: Schedule, clock: list[float]
 ) -> None:
     out = io.StringIO()
-    with Progress(Console(file=out, width=80), schedule, "macro_auc") as progress:
+    with Progress(Console(file=out, width=80), schedule) as progress:
         node = take(schedule, progress)
         for second in range(90):
             clock[0] += 1
@@ -92,7 +92,7 @@ def test_the_time_left_is_told_once_a_twentieth_of_the_units_is_done(schedule: S
         node.units = 1 if node.children else 100
     total = sum(node.units for node in schedule.nodes)
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    progress = Progress(console, schedule, "macro_auc")
+    progress = Progress(console, schedule)
     heads = [take(schedule, progress) for node in schedule.nodes if node.children]
     for node in heads:
         finish(schedule, progress, node)
@@ -106,7 +106,7 @@ def test_the_time_left_is_told_once_a_twentieth_of_the_units_is_done(schedule: S
 def test_notes_restarts_and_failures_are_whole_lines_that_name_the_trial(schedule: Schedule) -> None:
     out = io.StringIO()
     reason = "its worker died: " + "x" * 100
-    with Progress(Console(file=out, width=80), schedule, "macro_auc") as progress:
+    with Progress(Console(file=out, width=80), schedule) as progress:
         node = take(schedule, progress)
         progress.epoch(node, record(node, 1, events=("activations are recomputed",)))
         progress.retried(node, reason)
@@ -121,7 +121,7 @@ def test_notes_restarts_and_failures_are_whole_lines_that_name_the_trial(schedul
 
 def test_the_display_fits_eighty_columns_with_one_line_a_running_trial(schedule: Schedule, clock: list[float]) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    progress = Progress(console, schedule, "macro_auc")
+    progress = Progress(console, schedule)
     assert "starting workers" in shown(console, progress)
     first, second = take(schedule, progress), take(schedule, progress)
     clock[0] += 61
