@@ -287,21 +287,21 @@ def _nodes(plan: Plan, pending: Sequence[Chain]) -> list[Node]:
     nodes: dict[str, Node] = {}
     for chain in pending:
         parent, first = None, 0
-        for epoch, key in enumerate(chain.keys, start=1):
-            if epoch < len(chain.keys) and _all_go_on_alike(through, chain.keys[epoch - 1 : epoch + 1], epoch):
+        users = [through[key] for key in chain.keys]
+        for epoch, (key, here) in enumerate(zip(chain.keys, users, strict=True), start=1):
+            if epoch < len(users) and (len(here) == len(users[epoch]) or _go_on_alike(here, epoch)):
                 continue
             if key not in nodes:
-                nodes[key] = make_node(plan, through[key], parent, first, epoch)
+                nodes[key] = make_node(plan, here, parent, first, epoch)
             parent, first = nodes[key], epoch
     for node in reversed(nodes.values()):
         node.path = node.units + max((child.path for child in node.children), default=0)
     return list(nodes.values())
 
 
-def _all_go_on_alike(through: dict[str, list[Chain]], keys: tuple[str, ...], epoch: int) -> bool:
-    """Whether those that go on after an epoch have the next one in common; `keys`: of both."""
-    here, there = (through[key] for key in keys)
-    return len(here) == len(there) or len({chain.keys[epoch] for chain in here if len(chain.keys) > epoch}) == 1
+def _go_on_alike(chains: Sequence[Chain], epoch: int) -> bool:
+    """Whether those that go on after an epoch have the next one in common."""
+    return len({chain.keys[epoch] for chain in chains if len(chain.keys) > epoch}) == 1
 
 
 def make_node(plan: Plan, users: Sequence[Chain], parent: Node | None, first: int, last: int) -> Node:

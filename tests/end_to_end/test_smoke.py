@@ -18,6 +18,9 @@ from tests.studies_for_tests import ROOT
 
 pytestmark = pytest.mark.slow
 
+# What is promised of two idle cores is asserted where no other tests run beside these.
+ALONE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) == 1
+
 
 def test_the_smoke_run_of_the_ablation_takes_less_than_a_minute_through_ray(tmp_path: Path) -> None:
     started = time.monotonic()
@@ -28,8 +31,8 @@ def test_the_smoke_run_of_the_ablation_takes_less_than_a_minute_through_ray(tmp_
     report = tmp_path / "ablation" / "report"
     assert {"report.html", "table.md", "table.tex", "table.csv", "cells.csv"} <= {p.name for p in report.iterdir()}
     assert len(pd.read_csv(report / "cells.csv")) == 8
-    # The promise is 60 s on two idle cores; on a machine that is doing other things only the order can be held.
-    assert seconds < 60 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    if ALONE:
+        assert seconds < 60
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +58,8 @@ def test_the_smoke_run_of_every_other_study_ends_with_a_table_and_needs_no_netwo
     )
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
-    if timed:  # 90 s on two idle cores; as above on a busy machine
-        assert seconds < 90 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    if timed and ALONE:
+        assert seconds < 90
     table = f"{study}-confirm" if searches else study
     cells = pd.read_csv(storage / table / "report" / "cells.csv")
     assert set(cells["status"]) == {"FINISHED"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.detection_extra import needs_detection
@@ -25,10 +28,15 @@ def launch(storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where unified was run to its end, one seed."""
+    """Where unified was run to its end, the trials of its three studies beside each other."""
     folder = tmp_path_factory.mktemp("unified")
-    done = launch(folder, "unified", "--smoke", "--seeds", "0", "--executor", "local")
+    started = time.monotonic()
+    done = launch(folder, "unified", "--smoke")
+    seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
+    assert "12 trials to run" in done.stdout
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) == 1:
+        assert seconds < 90, "on two idle cores"
     assert "SYNTHETIC" in done.stdout
     assert "One strategy, three tasks" in done.stdout
     return folder
@@ -44,6 +52,17 @@ def test_one_report_has_the_steps_of_all_tasks_and_every_study_its_own(storage: 
     assert page.count("Predictions beside the truth") >= 2
     for name in STUDIES:
         assert (storage / name / "report/report.html").is_file()
+
+
+def test_trials_beside_those_of_other_studies_train_to_the_bits_of_their_study_alone(
+    storage: Path, tmp_path: Path
+) -> None:
+    hashes = ["row", "weights_sha256", "trajectory_sha256", "best_epoch"]
+    for study in ("ablation", "segmentation_ablation"):
+        done = launch(tmp_path, study, "--smoke", "--seeds", "0", "--executor", "local")
+        assert done.returncode == 0, done.stderr
+        alone, beside = (pd.read_csv(folder / study / "report/cells.csv")[hashes] for folder in (tmp_path, storage))
+        pd.testing.assert_frame_equal(alone, beside)
 
 
 def test_predictions_are_shown_beside_the_truth_and_again_by_report(storage: Path) -> None:
