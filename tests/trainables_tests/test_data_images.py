@@ -343,6 +343,9 @@ class TestCache:
         monkeypatch.setattr(image_store.shutil, "disk_usage", lambda _: usage._replace(free=100))
         with pytest.raises(DataError, match=r"decoded images need 0\.00 GB, 0\.00 GB are free; make room"):
             open_cache(data, tmp_path / "cache")
+        bound = {"image_size": 32, "fit": "crop", "folder": tmp_path / "cache", "most_bytes": 10**9}
+        with pytest.raises(DataError, match="make room"):  # a bound that would allow more is no remedy
+            ImageCache.open(data[0], data[1], **bound)  # type: ignore[arg-type]
 
     def test_a_refreshed_cache_leaves_no_old_files(self, data: tuple[Index, Path], tmp_path: Path) -> None:
         open_cache(data, tmp_path / "cache")
