@@ -13,8 +13,8 @@ from hypothesis import settings
 # through Ray in this process need the mode that a cluster of this machine has.
 _mode = os.environ.get("RAY_AUTH_MODE")
 os.environ["RAY_AUTH_MODE"] = "token"
-# Ray's workers yield to every other process, and so to the tests that run beside theirs: for minutes, on a busy machine.
-os.environ["RAY_worker_niceness"] = "0"
+# Ray's workers yield to every other process, and so to tests that run beside theirs: for minutes, on a busy machine.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (so does Ray spell it)
 import ray  # noqa: E402, F401
 
 os.environ.pop("RAY_AUTH_MODE")
