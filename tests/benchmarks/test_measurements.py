@@ -172,11 +172,3 @@ def test_trials_that_overlap_are_no_measure_of_one_slot() -> None:
     assert pauses_between(trials) == (0.5, 1.0)
     with pytest.raises(RuntimeError, match=r"trials overlap by 1\.00 s"):
         pauses_between([trials[0], TrialTimes(11.0, 13.0, 2)])
-
-
-@pytest.mark.slow
-def test_plain_ray_tune_trains_the_same_cells() -> None:
-    measured = MEASUREMENTS["plain-ray"].run(SMALLEST)
-    assert measured.facts["cells"] == 4
-    assert measured.figures["largest difference of a test macro AUC"].met
-    assert measured.figures["plain Ray Tune / ours, whole command"].value > 0

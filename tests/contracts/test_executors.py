@@ -202,14 +202,24 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(reference: 
 
 @pytest.mark.slow
 def test_a_worker_that_is_stopped_is_ended_in_time_and_another_one_goes_on(
-    reference: dict[str, str], tmp_path: Path
+    reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that is stopped can do nothing for itself, not even end: the driver must notice."""
+    from study.ray_executor import StageSearcher
+
     stopped: list[str] = []
+    told_by: list[int] = []
+    hear = StageSearcher.on_trial_result
+
+    def heard_from(self: StageSearcher, trial_id: str, result: dict[str, Any]) -> None:
+        told_by.append(result["pid"])
+        hear(self, trial_id, result)
+
+    monkeypatch.setattr(StageSearcher, "on_trial_result", heard_from)
 
     def stop(node: Node, record: EpochRecord) -> None:
         if record.epoch == 2 and not stopped:
-            os.kill(resting_worker(), signal.SIGSTOP)
+            os.kill(told_by[-1], signal.SIGSTOP)
             stopped.append(node.name)
 
     plan = planned(tmp_path, {**ONE_SEED, "execution.max_failures": 5})
@@ -272,13 +282,6 @@ def test_missing_resources_are_named_instead_of_waited_for(tmp_path: Path) -> No
 def digests(session: Session) -> dict[str, str]:
     """Cell → digest of the weights that were evaluated."""
     return {key: result.weights_sha256 for key, result in session.results.items()}
-
-
-def resting_worker() -> int:
-    """Process of the trial whose result is being heard: Ray titles the others by the method that they run."""
-    titles = {p.pid: " ".join(_line(p)).strip() for p in psutil.Process().children(recursive=True)}
-    [resting] = [pid for pid, title in titles.items() if title == "ray::TrialActor"]
-    return resting
 
 
 def _line(process: psutil.Process) -> list[Any]:

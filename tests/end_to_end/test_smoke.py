@@ -41,8 +41,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("studies")
 
 
-# The smoke runs of these are timed here, or are parts of the joint study's.
-ELSEWHERE = ("ablation", "detection_ablation", "segmentation_ablation")
+# The smoke runs of these are timed here, are parts of the joint study's, or say less than tests of their own do.
+ELSEWHERE = ("ablation", "detection_ablation", "segmentation_ablation", "cross_dataset")
 
 
 @pytest.mark.parametrize("study", [name for name in shipped_studies() if name not in ELSEWHERE])

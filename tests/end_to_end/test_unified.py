@@ -58,11 +58,11 @@ def test_trials_beside_those_of_other_studies_train_to_the_bits_of_their_study_a
     storage: Path, tmp_path: Path
 ) -> None:
     hashes = ["row", "weights_sha256", "trajectory_sha256", "best_epoch"]
-    for study in ("ablation", "segmentation_ablation"):
-        done = launch(tmp_path, study, "--smoke", "--seeds", "0", "--executor", "local")
-        assert done.returncode == 0, done.stderr
-        alone, beside = (pd.read_csv(folder / study / "report/cells.csv")[hashes] for folder in (tmp_path, storage))
-        pd.testing.assert_frame_equal(alone, beside)
+    study = "segmentation_ablation"  # whose workers had trained other tasks before
+    done = launch(tmp_path, study, "--smoke", "--seeds", "0", "--executor", "local")
+    assert done.returncode == 0, done.stderr
+    alone, beside = (pd.read_csv(folder / study / "report/cells.csv")[hashes] for folder in (tmp_path, storage))
+    pd.testing.assert_frame_equal(alone, beside)
 
 
 def test_predictions_are_shown_beside_the_truth_and_again_by_report(storage: Path) -> None:

@@ -28,4 +28,4 @@ def test_a_line_a_trial_with_exact_values_and_no_formula() -> None:
     assert finished[idle] == "", "it does not act"
     assert failed["metric"] == ""
     assert float(failed[acts]) == -1e-3, "a number below zero is no formula"
-    assert failed["error"] == "'=HYPERLINK(\"http://x\", \"diverged\")"
+    assert failed["error"] == '\'=HYPERLINK("http://x", "diverged")'
