@@ -6,8 +6,8 @@ import csv
 import io
 
 from study.search import TrialFacts
-from study.searches.rows import Search
 from study.searches.report import trials_csv
+from study.searches.rows import Search
 from study.spec import find_study, load_study
 
 
