@@ -42,7 +42,7 @@ class JointDocument(Frozen):
 
 @dataclass(frozen=True)
 class JointStudy:
-    """Studies that are run one after another and reported side by side."""
+    """Studies that are run by one command and reported side by side."""
 
     name: str
     title: str

@@ -111,10 +111,7 @@ class Plan:
     @cached_property
     def _cached(self) -> dict[str, frozenset[int]]:
         """Identity → positions that are cached."""
-        positions: dict[str, set[int]] = defaultdict(set)
-        for wanted in self.caches:
-            positions[wanted.identity].add(wanted.position)
-        return {identity: frozenset(kept) for identity, kept in positions.items()}
+        return _positions(self.caches)
 
     def as_json(self) -> dict[str, Any]:
         """What `--plan --json` prints."""
@@ -188,10 +185,7 @@ def make_plan(
     shareable = chains if sharing else [chain_of(c.cell, c.course, study.execution, sharing=True) for c in chains]
     children = _followers(chains)
     caches = _caches(chains, study.execution, storage) if sharing else ()
-    positions: dict[str, set[int]] = defaultdict(set)
-    for wanted in caches:
-        positions[wanted.identity].add(wanted.position)
-    stages = _stages(chains, children, positions)
+    stages = _stages(chains, children, _positions(caches))
     decode = _images_to_decode(chains, storage)
     units = _units(chains, stages, caches, _floor(shareable))
     disk = _disk_bytes(chains, caches, children, storage)
@@ -216,12 +210,11 @@ def _followers(chains: Iterable[Chain]) -> dict[str, tuple[str, ...]]:
 
 
 def _stages(
-    chains: Sequence[Chain], children: dict[str, tuple[str, ...]], positions: dict[str, set[int]]
+    chains: Sequence[Chain], children: dict[str, tuple[str, ...]], cached: dict[str, frozenset[int]]
 ) -> tuple[Stage, ...]:
     drafts: dict[str, tuple[str | None, int, int, Phase, int]] = {}
     cells: dict[str, int] = defaultdict(int)
     branching = _branching(children)
-    cached = {identity: frozenset(kept) for identity, kept in positions.items()}
     for chain in chains:
         parent, first = None, 0
         prices = chain.course.units(cached.get(chain.cache_identity, frozenset()))
@@ -290,6 +283,14 @@ def _caches(chains: Sequence[Chain], execution: Execution, storage: Path) -> tup
             kept.append(wanted)
             budget -= wanted.bytes
     return tuple(kept)
+
+
+def _positions(caches: Iterable[Cache]) -> dict[str, frozenset[int]]:
+    """Identity → positions that are cached."""
+    positions: dict[str, set[int]] = defaultdict(set)
+    for wanted in caches:
+        positions[wanted.identity].add(wanted.position)
+    return {identity: frozenset(kept) for identity, kept in positions.items()}
 
 
 def _cache(chain: Chain, identity: str, position: int, users: tuple[str, ...], execution: Execution) -> Cache:
