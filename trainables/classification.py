@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import Dinov2Model
 
 from trainables.backbone_files import Backbone
 from trainables.backbones import PooledViT, load_encoder, mlp_head
@@ -17,10 +19,15 @@ from trainables.costs import Costs, vit_costs
 from trainables.data.images import ImageCache
 from trainables.data.index import UNLABELLED, Index
 from trainables.metrics import class_aucs, macro, undefined
+from trainables.model_files import CONFIG, file_sha256
+from trainables.pretrained import copy_of
 from trainables.settings import Settings
 from trainables.task import Rows, Scores, StagedModel
 from trainables.transforms import image_transforms
 from trainables.views import Views
+
+if TYPE_CHECKING:
+    from trainables.baseline_models import Chain
 
 
 def classification_costs(backbone: Backbone | Baseline, settings: Settings, classes: int) -> Costs:
@@ -66,10 +73,19 @@ class Classification:
         """Pretrained encoder and a head drawn from the seed."""
         head = mlp_head(self.costs.feature_values, len(self.classes), self._settings.model, seed)
         if isinstance(self._backbone, Baseline):
-            from trainables.baseline_models import load_chain
+            return self._chain(self._backbone).with_head(head)
+        return PooledViT(self._encoder(self._backbone), head)
 
-            return load_chain(self._backbone, self._settings.dataset.image_size).with_head(head)
-        return PooledViT(load_encoder(self._backbone), head)
+    def _encoder(self, backbone: Backbone) -> Dinov2Model:
+        config = None if backbone.folder is None else file_sha256(backbone.folder / CONFIG)
+        return copy_of("encoder", (backbone, config, backbone.weights_digest()), lambda: load_encoder(backbone))
+
+    def _chain(self, baseline: Baseline) -> Chain:
+        from trainables.baseline_models import load_chain
+
+        size = self._settings.dataset.image_size
+        identity = (baseline, baseline.weights_digest(), size)
+        return copy_of("baseline", identity, lambda: load_chain(baseline, size))
 
     def rows(self, split: str) -> Rows:
         """Rows of a split, ascending."""

@@ -21,6 +21,7 @@ from trainables.data.images import ImageCache
 from trainables.data.index import SPLITS, DataError, Index
 from trainables.data.mask_cache import MaskCache
 from trainables.mask_arrays import dice, mean_defined, packed, unpacked
+from trainables.pretrained import copy_of
 from trainables.prompts import PROMPTS, oracle_prompt, training_prompt, whole_image
 from trainables.sam2 import ClipSegmenter, draw_head, load_sam2
 from trainables.sam2_files import Sam2Files
@@ -62,7 +63,9 @@ class Segmentation:
 
     def build(self, seed: int) -> ClipSegmenter:
         """The pretrained SAM 2, decoder included; where nothing is pretrained, the decoder is drawn from the seed."""
-        model = ClipSegmenter(load_sam2(self._files, self._masks.size), len(self.classes))
+        files, size = self._files, self._masks.size
+        identity = (files.folder, files.config_digest, files.weights_digest(), size)
+        model = ClipSegmenter(copy_of("sam2", identity, lambda: load_sam2(files, size)), len(self.classes))
         if self._files.drawn:
             draw_head(model.head(), seed)
         return model
