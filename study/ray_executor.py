@@ -27,6 +27,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from study import garbage
 from study.chains import Chain
 from study.cluster import worker_faults
 from study.cluster.gpu_shares import GpuShares
@@ -94,6 +95,7 @@ class RayExecutor:
             cluster(self._address, schedule.studies, verbose=self._verbose),
             _dead_actors_are_known() as errors,
             named_tasks(),
+            garbage.cleared_away(),
         ):
             listener = Measured(listener, schedule)
             self._require_room()
@@ -333,6 +335,7 @@ class _Watch(tune.Callback):
         """Tune knows TERMINATED alone: what became of a trial stands in its last result, as `outcome`."""
         outcome = self._searcher.outcomes.pop(trial.trial_id)
         self._let_go(trial, outcome)
+        garbage.clear_away()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A turn of Tune's loop: end the workers of trials that have been silent for too long."""
