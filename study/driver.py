@@ -17,6 +17,7 @@ from rich.console import Console
 
 from analysis.schema import StudyHeader, Units
 from analysis.tracking import LedgerError
+from study import garbage
 from study.chains import Chain
 from study.declare import (
     cell_headers,
@@ -416,6 +417,7 @@ def _executor(
     from study.cluster.ray_environment import prepare_environment
 
     prepare_environment(store.root, local=options.address is None)
+    garbage.keep_one_heap()
     from study.ray_executor import RayExecutor
 
     return RayExecutor(

@@ -407,6 +407,7 @@ class Ledger:
         if outcome.predictions is not None:
             with _named(outcome.predictions, schema.PREDICTIONS) as path:
                 self._persist("writing predictions", self._client.log_artifact, run_id, str(path))
+        _forget_artifact_store(run_id)
 
     # -------------------------------------------------------------------------------------------- runs
 
@@ -537,6 +538,13 @@ def _create_database(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     SqlAlchemyStore(f"{SQLITE}{path}", str(path.parent / "artifacts")).engine.dispose()
+
+
+def _forget_artifact_store(run_id: str) -> None:
+    """MLflow keeps the stores of its last thousand runs, each with a pool of threads, a queue and their locks."""
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.pop(run_id, None)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +119,7 @@ class RayExecutor:
                     name="trials",
                     storage_path=str(store.tune),
                     failure_config=tune.FailureConfig(max_failures=0),  # started again by the searcher
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the store has it
                     callbacks=[_Watch(searcher, self._resources, self._timeout, errors)],
                     verbose=0,
                 ),
@@ -335,7 +337,6 @@ class _Watch(tune.Callback):
         """Tune knows TERMINATED alone: what became of a trial stands in its last result, as `outcome`."""
         outcome = self._searcher.outcomes.pop(trial.trial_id)
         self._let_go(trial, outcome)
-        garbage.clear_away()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A turn of Tune's loop: end the workers of trials that have been silent for too long."""
@@ -372,6 +373,8 @@ class _Watch(tune.Callback):
         told.last_result = {**kept, "outcome": outcome}
         told.metric_analysis.clear()
         told.metric_n_steps.clear()
+        trial._default_result_or_future = None  # what it would say of itself before its first result, with its task
+        garbage.clear_away()
 
     def _fault(self, node: Node, trial: Any) -> Fault:
         error = self._errors.pop(trial.trial_id)
@@ -448,13 +451,19 @@ class Packed:
         return "request"
 
 
+@cache
+def _group_of(resources: tuple[tuple[str, float], ...]) -> tune.PlacementGroupFactory:
+    """What Tune asks Ray for; one for all trials that ask for the same."""
+    return tune.PlacementGroupFactory([dict(resources)])
+
+
 class TrialActor(tune.Trainable):
     """A worker process; `reuse_actors` keeps it, its imports and its open data set for the next trial."""
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
         """CPUs and GPUs of a trial, fractions too."""
-        return tune.PlacementGroupFactory([config["resources"]])
+        return _group_of(tuple(sorted(config["resources"].items())))
 
     def setup(self, config: dict[str, Any]) -> None:
         """Be there: all that may take long is left to the first step, which the driver watches."""
@@ -493,12 +502,13 @@ class TrialActor(tune.Trainable):
         return {"epoch": self._worker.epoch, "done": self._worker.done, "record": told, **measured}
 
     def save(self, checkpoint_dir: str | None = None) -> _TrainingResult:
-        """Of a trial that gives way to another: its last figures alone, since our own store has its states.
+        """Of a trial that gives way to another: how far Tune has counted alone, since our own store has its states.
 
-        Tune's copy would go into the driver's folder, and nodes that do not have that folder fail there.
+        Tune's copy would go into the driver's folder, and nodes that do not have that folder fail there. What is given
+        here Tune keeps to the end, so it is not the last result, which has the request in it.
         """
-        return _TrainingResult(tune.Checkpoint("/kept-by-the-store"), dict(self._last_result or {}))
+        return _TrainingResult(tune.Checkpoint("/kept-by-the-store"), {"training_iteration": self._iteration})
 
     def restore(self, checkpoint_path: _TrainingResult) -> None:
         """A trial begins at the deepest state in the store, see `step`; Tune counts on."""
-        self._iteration = checkpoint_path.metrics.get("training_iteration", 0)
+        self._iteration = checkpoint_path.metrics["training_iteration"]

@@ -45,9 +45,10 @@ def names_of(studies: Sequence[Study]) -> str:
 
 @contextmanager
 def named_tasks() -> Iterator[None]:
-    """Give each task of a trial the trial's name: the workers that carry them out go from one trial to the next.
+    """Give each step of a trial the trial's name: the workers that carry them out go from one trial to the next.
 
-    Tune calls the same method of an actor for every trial, by a manager that knows nothing of trials.
+    Tune calls the same method of an actor for every trial, by a manager that knows nothing of trials. Steps alone are
+    named: Ray keeps figures of every name that it has heard, in the driver too, and other tasks take no time.
     """
     schedule_trial_task = TuneController._schedule_trial_task
     schedule_on_actor = RayActorManager._schedule_tracked_actor_task
@@ -61,7 +62,7 @@ def named_tasks() -> Iterator[None]:
             current.pop()
 
     def on_actor(self: Any, tracked_actor_task: Any, method_name: str, *rest: Any, **named: Any) -> Any:
-        if not current:
+        if not current or method_name != "train":
             return schedule_on_actor(self, tracked_actor_task, method_name, *rest, **named)
         live = self._live_actors_to_ray_actors_resources
         key = tracked_actor_task._tracked_actor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -110,10 +111,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", EXECUTORS)
 def test_every_trial_runs_once_after_its_parent_and_leaves_its_results(kind: str, tmp_path: Path) -> None:
-    """Through Ray besides: both slots of a machine are busy while enough trials are ready."""
+    """Through Ray besides: both slots of a machine are busy while enough trials are ready, and nothing piles up."""
     long = {**TINY, "dataset.images": 900, "strategy.tune_epochs": 4}
     plan = planned(tmp_path, long if kind == "ray" else ONE_SEED)
-    heard, schedule, session = execute(kind, plan, tmp_path)
+    held: list[Counter[str]] = []
+    heard, schedule, session = execute(kind, plan, tmp_path, lambda node, record: held.append(held_of_trials()))
     order = {event: i for i, event in reversed(list(enumerate(heard.events)))}
     assert schedule.finished
     for node in schedule.nodes:
@@ -125,6 +127,17 @@ def test_every_trial_runs_once_after_its_parent_and_leaves_its_results(kind: str
     assert complete
     if kind == "ray":
         assert busy_share(heard, schedule) > 0.8
+        # Of a running trial: its request, one more in its last result, and the references to what its tasks returned.
+        assert held[0]["Packed"] > 0 and held[0]["ObjectRef"] > 0
+        assert max(one["Packed"] for one in held) <= 2 * (os.cpu_count() or 1) + 1 < len(schedule.nodes)
+        assert held[-1]["ObjectRef"] <= max(one["ObjectRef"] for one in held[: len(held) // 3])
+
+
+def held_of_trials() -> Counter[str]:
+    """How many requests, and references to results of Ray's tasks, this process holds."""
+    held = Counter(type(o).__name__ for o in gc.get_objects() if type(o).__name__ in ("Packed", "ObjectRef"))
+    held["Packed"] -= sum(type(o).__name__ == "Packed" and not o.data for o in gc.get_objects())
+    return held
 
 
 def busy_share(heard: Heard, schedule: Schedule) -> float:

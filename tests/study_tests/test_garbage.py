@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import weakref
 
@@ -10,6 +11,28 @@ import psutil
 import pytest
 
 from study.garbage import clear_away, cleared_away
+
+HEAPS = """
+import ctypes, sys, threading
+from study.garbage import keep_one_heap
+if sys.argv[1] == "one":
+    keep_one_heap()
+begun, ended = threading.Barrier(9), threading.Event()
+def hold():
+    kept = [bytes(5_000) for _ in range(100)]
+    begun.wait()
+    ended.wait()
+threads = [threading.Thread(target=hold) for _ in range(8)]
+for thread in threads:
+    thread.start()
+begun.wait()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+ended.set()
+"""
 
 
 class Node:
@@ -54,3 +77,10 @@ def test_memory_of_many_small_things_goes_back_to_the_system() -> None:
         assert held > 50_000_000
         assert process.memory_info().rss - before < held / 4
         assert last.itself is last
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own heaps")
+@pytest.mark.parametrize(("heaps", "one"), [("many", False), ("one", True)])
+def test_threads_share_one_heap(heaps: str, one: bool) -> None:
+    told = subprocess.run([sys.executable, "-c", HEAPS, heaps], capture_output=True, text=True, check=True).stdout
+    assert (told.count("<heap ") == 1) is one

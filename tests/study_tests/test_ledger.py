@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 from analysis import schema
 from analysis.records import load
@@ -125,6 +127,17 @@ def test_pruned_failed_and_unstarted_cells_are_told_apart(uri: str) -> None:
     assert status[ROWS[0]] == "FAILED"
     with pytest.raises(LedgerError, match="no run with key"):
         ledger.run_id(keys[3])
+
+
+def test_of_a_cell_that_has_ended_no_store_of_artifacts_is_kept(uri: str, tmp_path: Path) -> None:
+    def stores() -> int:
+        gc.collect()
+        return sum(ArtifactRepository in type(o).__mro__ for o in gc.get_objects())
+
+    ledger, before = Ledger(uri), stores()
+    run_study(ledger, Sample(seeds=(0, 1, 2)))
+    assert len(list(tmp_path.glob("artifacts/*/artifacts/effective.json"))) > 3
+    assert stores() == before
 
 
 def test_nan_and_infinite_losses_come_back_as_they_were(uri: str) -> None:
